@@ -43,8 +43,9 @@ To end the bound with the probability of a picture made of bytes, the last Gauss
 
 Trip wires: time runs 0 = picture, T = noise. beta is a variance, not a deviation. alpha_bar, not alpha, stands in (2).
 The guess of x_0 is cut to -1 .. 1 inside (6), as in the authors' code; clip=False does not. Bits/dim = nats / (D ln 2).
-Differs from the paper in: a small network without dropout or attention; t spread evenly over the batch (same mean, less
-variance); an average of the weights whose memory starts short and grows; a learning rate that falls to zero.
+Differs from the paper in: a small network without dropout or attention; small t are drawn more often, with weights that
+leave the mean (7) as it is and lower its variance; the memory of the average of the weights starts short; the learning
+rate falls to zero.
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
 import urllib.request, zlib
@@ -73,7 +74,7 @@ class Schedule(NamedTuple):
 
 def make_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     beta = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-    alpha_bar = torch.cumprod(1 - beta, 0)
+    alpha_bar = torch.cumprod(1 - beta, 0)  # t times (1)
     before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)  # alpha_bar_{t-1}, which is 1 before the first step
     beta_tilde = beta * (1 - before) / (1 - alpha_bar)  # (3)
     x_0_share = before.sqrt() * beta / (1 - alpha_bar)  # (3)
@@ -89,8 +90,15 @@ def q_sample(x_0, t, eps, s):
     return at(s.signal, t, x_0) * x_0 + at(s.noise, t, x_0) * eps  # (2)
 
 def loss_simple(model, x_0, t, eps, s):
-    """The loss that is trained: a scalar, the mean over images and pixels. t: (N,) ints."""
-    return F.mse_loss(model(q_sample(x_0, t, eps, s), t), eps)  # (7)
+    """The squared error of each image, the mean over its pixels -> (N,). t: (N,) ints."""
+    return (model(q_sample(x_0, t, eps, s), t) - eps).square().flatten(1).mean(1)  # (7)
+
+def draw_t(n, T, device="cpu"):
+    """n steps, spread evenly, small t more often, and weights: E[weight f(t)] is the mean of f over 0 .. T-1."""
+    a, b = 20**0.5, (T + 20) ** 0.5  # P(t) = (sqrt(t + 21) - sqrt(t + 20)) / (b - a)
+    u = (torch.rand(1, device=device) + torch.arange(n, device=device) / n) % 1
+    t = ((a + u * (b - a)) ** 2 - 20).long().clamp(0, T - 1)
+    return t, (b - a) / (T * ((t + 21).sqrt() - (t + 20).sqrt()))
 
 def q_mean(x_0, x_t, t, s):
     """mu~_t, the mean of the posterior."""
@@ -345,10 +353,17 @@ def load_checkpoint(path, methods, device, wanted=()):
                              "--fresh trains anew over it, --out elsewhere keeps it")
     return state
 
-def resume(state, parts):
-    """Puts a loaded checkpoint back into the parts and the generator -> iterations done, log."""
-    for part, saved in zip(parts, state["parts"]):
-        part.load_state_dict(saved)
+def fill(path, parts, saved):
+    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
+    try:
+        for part, state in zip(parts, saved):
+            part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise ValueError(f"{path}: of another network ({type(e).__name__}); --fresh trains anew over it") from None
+
+def resume(path, parts, state):
+    """Put a checkpoint back into the parts and the generator -> iterations done, log."""
+    fill(path, parts, state["parts"])
     torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
     torch.set_rng_state(state["rng"].cpu())
     return state["done"], state["log"]
@@ -384,22 +399,25 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, "\nstopped; the same command goes on from the last save\n")
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def at_least(least):
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    return number
 
 def image_parser(doc, name, train):
     """The flags that all files on images share; the defaults of training are those of this file's train()."""
-    parser = Parser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=doc.splitlines()[0], formatter_class=form, allow_abbrev=False)
     add, default = parser.add_argument, inspect.signature(train).parameters
     add("--data", default="digits", help="digits (drawn), mnist (downloaded), a folder of IDX files or of pictures")
-    add("--size", type=positive, default=28, help="side to which images are scaled, in pixels")
+    add("--size", type=at_least(1), default=28, help="side to which images are scaled, in pixels")
     add("--channels", type=int, choices=(1, 3), default=1, help="1 for grey, 3 for colour")
-    add("--iters", type=positive, default=default["iters"].default, help="training steps")
-    add("--batch", type=positive, default=default["batch"].default, help="images a training step")
+    add("--iters", type=at_least(1), default=default["iters"].default, help="training steps")
+    add("--batch", type=at_least(1), default=default["batch"].default, help="images a training step")
     add("--lr", type=float, default=default["lr"].default, help="highest learning rate")
-    add("--samples", type=positive, default=64, help="images to draw at the end")
+    add("--samples", type=at_least(1), default=64, help="images to draw at the end")
     add("--out", type=Path, default=Path("out", name), help="run folder")
     add("--device", default="auto", help="auto is cuda, else mps, else cpu")
     add("--seed", type=int, default=0, help="same seed, same machine: same bits on the CPU")
@@ -412,34 +430,34 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
+        torch.ones(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:  # not known, not built in, not there
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=6000, batch=32, lr=6e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=6000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
     """uint8 images (N, C, H, H) -> the averaged model, ready to sample. Seeds torch's global generator.
 
     path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
     FloatingPointError if the loss is not finite (what was saved last stays)."""
-    wanted = dict(images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12], channels=images.shape[1],
-                  size=images.shape[2], width=width, iters=iters, batch=batch, lr=lr, seed=seed)
+    wanted = dict(channels=images.shape[1], size=images.shape[2], width=width, iters=iters, batch=batch, lr=lr,
+                  seed=seed, images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
     torch.manual_seed(seed)
     model = UNet(images.shape[1], images.shape[2], width).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
     parts, done, log = (model, average, opt), 0, []
     if path and path.exists() and not fresh:
-        done, log = resume(load_checkpoint(path, ["ddpm"], device, wanted), parts)
+        done, log = resume(path, parts, load_checkpoint(path, ["ddpm"], device, wanted))
     net, s, images = torch.compile(model) if compiled else model, make_schedule().to(device), images.to(device)
-    T = len(s.beta)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
         x_0 = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
-        t = (torch.randint(T, (1,), device=device) + torch.arange(batch, device=device) * T // batch) % T
-        loss = loss_simple(net, x_0, t, torch.randn_like(x_0), s)
+        t, weight = draw_t(batch, len(s.beta), device)
+        loss = (weight * loss_simple(net, x_0, t, torch.randn_like(x_0), s)).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -462,7 +480,7 @@ def load(path, device="cpu"):
     """The averaged model of a checkpoint, ready to sample; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["ddpm"], device)
     model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")))
-    model.load_state_dict(state["parts"][1])
+    fill(path, [model], state["parts"][1:])
     return model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
 def sample(model, shape, variance="large", clip=True, seed=0, device="cpu", chunk=100):
@@ -479,13 +497,13 @@ def sample(model, shape, variance="large", clip=True, seed=0, device="cpu", chun
 
 def main(argv=None):
     parser = image_parser(__doc__, "ddpm", train)
-    parser.add_argument("--width", type=positive, default=32, help="channels at half the side; the paper had 128")
+    parser.add_argument("--width", type=at_least(1), default=32, help="channels at half the side; the paper had 128")
     parser.add_argument("--variance", choices=("large", "small"), default="large", help="sigma_t^2: beta_t or beta~_t")
-    parser.add_argument("--bound", type=int, default=32, help="test images for the bound, 0 for none")
+    parser.add_argument("--bound", type=at_least(0), default=32, help="test images for the bound, 0 for none")
     args = parser.parse_args(argv)
     with parser.guard():
         device, path = pick_device(args.device), args.out / "model.pt"
-        images = load_images(args.data, args.size, args.channels)
+        images, held_out = (load_images(args.data, args.size, args.channels, test) for test in (False, True))
         print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {device}")
         train(images, args.iters, args.batch, args.lr, args.width, device, args.seed, path, args.fresh, args.compile)
         model, s = load(path, device), make_schedule().to(device)
@@ -496,8 +514,8 @@ def main(argv=None):
         strip = [x_T] + [steps[t] for t in (800, 600, 400, 300, 200, 150, 100, 50, 0)]
         save_grid(args.out / "strip.png", torch.stack(strip, 1).flatten(0, 1), len(strip))
         if args.bound:
-            x_0 = load_images(args.data, args.size, args.channels, test=True)[: args.bound].float() / 127.5 - 1
-            bits = bound(model, x_0.to(device), s, args.variance, True, generator)
+            x_0 = held_out[: args.bound].to(device).float() / 127.5 - 1
+            bits = bound(model, x_0, s, args.variance, True, generator)
             mean, error = bits.sum(1).mean(), bits.sum(1).std(correction=0) / len(bits) ** 0.5
             print(f"bound on {len(bits)} test images: {mean:.3f} +- {error:.3f} bits/dim = "
                   "L_T {:.5f} + L_1:T-1 {:.3f} + L_0 {:.3f}".format(*bits.mean(0).tolist()))

@@ -1,0 +1,1137 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
+# ///
+# SPDX-License-Identifier: MIT
+"""All tests: python test_all.py, or a part: python test_all.py ddpm repo_data. pytest runs them too.
+
+test_repo_* hold for every file that lies here, each file in a test of its own; test_ddpm_* and so on hold for one file.
+The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
+import argparse, ast, collections, contextlib, difflib, errno, functools, gzip, hashlib, http.server, importlib, io
+import itertools, math, os, re, shlex, subprocess, sys, tempfile, threading, time, tokenize, traceback
+import types, unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributions as D
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+torch.set_num_threads(1)  # faster for networks as small as these
+
+NAMES = "gan vae nice realnvp pixelcnn cpc bpe word2vec rnn ddpm ddim rectified_flow checkpointing".split()
+SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(HERE.glob("*.py")) if path.stem != "test_all"}
+MODULES = {name: importlib.import_module(name) for name in SOURCES if name in NAMES}
+ddpm = MODULES["ddpm"]
+
+# ------------------------------------------------------------------------------------------------------- helpers -----
+def each(applies=lambda module: True):
+    """Makes a test of one module into a test for every file that it applies to: test_x_ddpm, test_x_ddim, ..."""
+    def spread(test):
+        def bind(name, module):
+            def one():
+                test(module)
+            one.__name__ = one.__qualname__ = f"{test.__name__}_{name}"
+            one.__doc__ = test.__doc__
+            return one
+        for name in filter(lambda name: applies(MODULES[name]), MODULES):
+            globals()[f"{test.__name__}_{name}"] = bind(name, MODULES[name])
+    return spread
+
+def has_images(module):
+    return hasattr(module, "load_images")
+
+def near(got, want, atol=0.0, rtol=0.0):
+    """Both as float64, and equal to within atol + rtol |want|, every element."""
+    got, want = (torch.as_tensor(v, dtype=torch.float64) for v in (got, want))
+    torch.testing.assert_close(got, want.expand_as(got), atol=atol, rtol=rtol)
+
+@contextlib.contextmanager
+def workdir():
+    """An empty folder that is the working directory, and is gone afterwards."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as here:
+        os.chdir(here)
+        try:
+            yield Path(here).resolve()
+        finally:
+            os.chdir(before)
+
+def snapshot(folder):
+    """{relative path: bytes} of all that is there, None for a folder or what may not be read."""
+    read = lambda path: path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else None
+    return {path.relative_to(folder).as_posix(): read(path) for path in folder.rglob("*")}
+
+def call(module, words):
+    """module.main(words) as a shell would run it -> exit status, stdout, stderr."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            module.main([str(word) for word in words])
+        except SystemExit as e:
+            status = e.code or 0
+        except (Exception, KeyboardInterrupt):
+            status = 1
+            traceback.print_exc()
+    return status, out.getvalue(), err.getvalue()
+
+class Parsed(Exception):
+    """Carries a parser out of main, together with what it made of the words."""
+
+def parse(module, words):
+    """What main's parser makes of the words, and the parser; main goes no further."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, args=None, namespace=None):
+        raise Parsed(real(self, args, namespace), self)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        try:
+            module.main(list(words))
+        except Parsed as e:
+            return e.args
+    raise AssertionError(f"{module.__name__}.main does not parse its arguments")
+
+@functools.cache
+def options(module):
+    """{"--name": its action} of the file's command line, --help left out."""
+    return {a.option_strings[-1]: a for a in parse(module, [])[1]._actions if a.dest != "help"}
+
+TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--out": "run"}
+
+def command(module, **flags):
+    """The words of a run that takes seconds, from TINY and flags as far as the file knows them."""
+    flags = {**TINY, **{"--" + name: value for name, value in flags.items()}}
+    return [word for name, value in flags.items() if name in options(module) for word in (name, str(value))]
+
+def paint(folder, n=4, size=(9, 7), mode="RGB", seed=0):
+    """n random pictures: folder/0.png, folder/1.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+
+def inputs(here):
+    """Small inputs for any of the files in here -> the flags that name them."""
+    paint(here / "pics")
+    (here / "words.txt").write_text("the cat sat on the mat and the dog ate the hat. " * 50, "utf-8")
+    return {"data": "pics", "channels": 3, "text": "words.txt"}
+
+@functools.cache
+def finished(module):
+    """A run that nobody stopped -> its words, its stdout, and all files that it left."""
+    with workdir() as here:
+        words = command(module, **inputs(here), iters=130)
+        status, out, err = call(module, words)
+        assert (status, err) == (0, ""), err
+        return words, out, snapshot(here)
+
+def unpack(files, here):
+    """A snapshot back on the disk."""
+    for name, raw in files.items():
+        if raw is not None:
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).write_bytes(raw)
+
+def changed(before, after):
+    """Names of the files that are not the same in two snapshots."""
+    return sorted(name for name in before.keys() | after.keys() if before.get(name, 0) != after.get(name, 0))
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """No file can grow past limit bytes."""
+    try:
+        import resource
+    except ImportError:
+        raise unittest.SkipTest("no limits on this system") from None
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores the signal, so a write raises OSError
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+@contextlib.contextmanager
+def stopped_at(module, iteration, total):
+    """Ctrl-C after an iteration of the training that has `total` of them."""
+    class Stop(module.Progress):
+        def __call__(self, done, each, note=""):
+            super().__call__(done, each, note)
+            if (done, self.total) == (iteration, total):
+                raise KeyboardInterrupt
+
+    with mock.patch.object(module, "Progress", Stop):
+        yield
+
+def hurried(module):
+    """A clock that runs 100 s between any two looks at it, so that whatever waits for time to pass happens."""
+    tick = itertools.count(0.0, 100.0).__next__
+    return mock.patch.object(module, "time", types.SimpleNamespace(time=tick, perf_counter=tick))
+
+def idx(array):
+    """The bytes of an IDX file that holds a uint8 array."""
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+# ------------------------------------------------------------------------------------------------ the repository -----
+def test_repo_only_the_agreed_files():
+    """Thirteen files and this one are all the Python at the top level, none of it a helper of another."""
+    assert SOURCES.keys() <= set(NAMES), SOURCES.keys() - set(NAMES)
+
+@each()
+def test_repo_imports(module):
+    """A file needs the standard library, torch, numpy and Pillow, and no sibling."""
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCES[module.__name__])):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            imported.add(node.module.split(".")[0])
+    strange = (imported - set(sys.stdlib_module_names) | imported & {*NAMES, "test_all"}) - {"torch", "numpy", "PIL"}
+    assert not strange, strange
+
+ALONE = """
+import os, random, sys, warnings, numpy, torch, PIL.ImageDraw, PIL.ImageFont, PIL.ImageOps
+name, *words = sys.argv[1:]
+state = lambda: (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), os.listdir())
+before, sys.argv = state(), ["x", "--no-such-flag"]
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    module = __import__(name)
+assert state() == before, "importing drew random numbers or wrote files"
+print("imported", flush=True)
+import runpy
+sys.argv = [name + ".py", *words]
+runpy.run_path(name + ".py", run_name="__main__")
+"""
+
+@each()
+def test_repo_alone(module):
+    """In an empty folder a file imports without a word or a trace, and as a script leaves the documented run folder."""
+    with workdir() as here:
+        (here / f"{module.__name__}.py").write_text(SOURCES[module.__name__], "utf-8")
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env.pop("PYTHONPATH", None)
+        child = subprocess.run([sys.executable, "-B", "-c", ALONE, module.__name__, *command(module)],
+                               env=env, capture_output=True, text=True)
+        assert child.returncode == 0 and not child.stderr, child.stderr
+        assert child.stdout.startswith("imported\n"), child.stdout  # the first that was said
+        assert str(Path("run")) in child.stdout.splitlines()[-1], "the last line does not say where the files are"
+        assert sorted(os.listdir()) == [f"{module.__name__}.py", "run"]
+        assert not list(here.rglob("*.part"))
+        if has_images(module):
+            check_run_folder(here / "run", (2, 8, 8))
+
+def check_run_folder(out, shape):
+    """The four files of an image model's run folder are what DESIGN.md says."""
+    samples = np.load(out / "samples.npy")
+    assert samples.dtype == np.uint8 and samples.shape == shape, (samples.dtype, samples.shape)
+    head, *rows = (out / "log.csv").read_text().splitlines()
+    assert head.startswith("iteration,") and all(float(v) == float(v) for row in rows for v in row.split(",")) and rows
+    with Image.open(out / "samples.png") as grid:
+        assert grid.format == "PNG" and grid.mode == ("RGB" if len(shape) == 4 else "L")
+    assert "method" in torch.load(out / "model.pt", weights_only=True)
+
+@each(has_images)
+def test_repo_colour_run(module):
+    """A folder of colour pictures trains and gives colour samples, and load() a model that is ready to sample."""
+    _, out, files = finished(module)
+    with workdir() as here:
+        unpack(files, here)
+        check_run_folder(here / "run", (2, 8, 8, 3))
+        model = module.load(here / "run" / "model.pt")
+        assert model.shape == (3, 8, 8) and not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+
+def definitions(source):
+    """{name: its source with decorators and comments} of all that stands at the top level, also inside if or try."""
+    lines, found = source.splitlines(), collections.defaultdict(str)
+
+    def visit(body):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names = [node.name]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+            else:
+                names = []
+                for part in ("body", "orelse", "finalbody"):
+                    visit(getattr(node, part, []))
+                for handler in getattr(node, "handlers", []):
+                    visit(handler.body)
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            for name in names:
+                found[name] += "\n".join(lines[first - 1 : node.end_lineno]) + "\n"
+
+    visit(ast.parse(source).body)
+    return found
+
+def drift(sources, exempt=("train", "sample", "load", "main")):
+    """The unified diffs of all names that two or more files define, and not alike."""
+    diffs, first = [], {}
+    for file, source in sources.items():
+        for name, text in definitions(source).items():
+            other, wanted = first.setdefault(name, (file, text))
+            if text != wanted and name not in exempt:
+                diff = difflib.unified_diff(wanted.splitlines(True), text.splitlines(True), f"{other}.py", f"{file}.py")
+                diffs.append(f"{name} has drifted:\n" + "".join(diff))
+    return diffs
+
+def test_repo_drift():
+    """A name that several files define is the same to the letter in all of them."""
+    diffs = drift(SOURCES)
+    assert not diffs, "\n\n".join(diffs)
+
+def test_repo_drift_is_found():
+    """The detector sees a change in a letter, comment, decorator, default or constant, at the top or below an if."""
+    same = "A = 1\n\n@wrap\ndef f(x, n=2):\n    # why\n    return x\n\nif A:\n    B, C = 2, 3\n"
+    assert not drift({"a": same, "b": "import os\n" + same + "D = 4  # only here\n"})
+    assert not drift({"a": "def main(): 1", "b": "def main(): 2"})
+    for old, new in [("A = 1", "A = 2"), ("A = 1", "A = 1  # one"), ("@wrap\n", ""), ("n=2", "n=3"), ("# why", "# how"),
+                     ("return x", "return  x"), ("2, 3", "2, 4"), ("@wrap", "@other"), ("A = 1", "A: int = 1")]:
+        found = drift({"a": same, "b": same.replace(old, new)})
+        assert found and all(line in found[0] for line in ("--- a.py", "+++ b.py")), (old, new)
+
+@each()
+def test_repo_equations(module):
+    """The docstring numbers its equations 1 .. n in at most 60 lines; each is tagged in the code, and nothing else."""
+    source = SOURCES[module.__name__]
+    stated = [int(k) for k in re.findall(r"^\s*\((\d+)\)", module.__doc__, re.M)]
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    tagged = {int(k) for comment in comments for k in re.findall(r"\((\d+)\)", comment)}
+    assert stated and stated == list(range(1, len(stated) + 1)), f"the docstring numbers {stated}"
+    assert tagged == set(stated), f"no tag: {set(stated) - tagged}; no such equation: {tagged - set(stated)}"
+    assert len(ast.get_docstring(ast.parse(source), clean=False).splitlines()) <= 60
+    assert source.startswith("# /// script\n# requires-python") and "# SPDX-License-Identifier: MIT" in source[:300]
+
+@each()
+def test_repo_flags(module):
+    """Every flag is read as args.NAME, and every parameter of a function in that function: none is only for show."""
+    tree = ast.parse(SOURCES[module.__name__])
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+    unread = {action.dest for action in options(module).values()} - read
+    assert not unread, f"never read: {unread}"
+    for f in ast.walk(tree):
+        if isinstance(f, ast.FunctionDef):
+            names = {n.id for n in ast.walk(f) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            unread = {a.arg for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs} - names - {"self", "cls"}
+            assert not unread, f"{f.name} never reads {unread}"
+    if has_images(module):
+        wanted = "--data --size --channels --iters --batch --lr --samples --out --device --seed --fresh --compile"
+        assert set(wanted.split()) <= options(module).keys()
+        args = parse(module, [])[0]
+        assert (args.data, args.size, args.channels, args.device) == ("digits", 28, 1, "auto")
+        assert args.out == Path("out", module.__name__) and not args.compile and not args.fresh
+
+@each()
+def test_repo_help(module):
+    """--help says what each flag is for, and the default of each that takes a value."""
+    status, text, err = call(module, ["--help"])
+    blocks = {block.split()[0]: " ".join(block.split()) for block in re.split(r"\n  (?=-)", text)[1:]}
+    assert status == 0 and not err and options(module).keys() <= blocks.keys(), text
+    for name, action in options(module).items():
+        assert action.help, f"{name} says nothing"
+        assert action.nargs == 0 or f"(default: {action.default})" in blocks[name], blocks[name]
+
+def commands(text):
+    """(file, words) of every python command in the code of a Markdown text or of a docstring."""
+    for file, words in re.findall(r"\bpython3? +(\w+\.py)((?: ?[^\s`&|;>]+)*)", re.sub(r" *\\\n *", " ", text)):
+        yield file, shlex.split(words, comments=True)
+
+def test_repo_readme():
+    """Every command of the README and of the docstrings parses, and every file that the README names exists."""
+    readme = (HERE / "README.md").read_text("utf-8")
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", readme, re.S))
+    found = list(commands(code))
+    assert ("ddim.py", ["--steps", "50"]) in found and ("test_all.py", []) in found, "the two commands are not there"
+    for file, words in found + [c for module in MODULES.values() for c in commands(module.__doc__)]:
+        assert (HERE / file).exists(), f"no {file}"
+        if file == "test_all.py":
+            assert all(any(word in name for name in globals()) for word in words), f"no test is called {words}"
+        else:
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                try:
+                    parse(MODULES[Path(file).stem], words)
+                except SystemExit:
+                    raise AssertionError(f"python {file} {shlex.join(words)}: {err.getvalue()}") from None
+    links = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)\"", readme)
+    for link in (a or b for a, b in links):
+        assert re.match(r"\w+:", link) or (HERE / link).exists(), f"the README links to {link}, which is not there"
+
+@each()
+def test_repo_stop_and_resume(module):
+    """Stopped between two saves, the same command ends with the very bytes of a run that was never stopped."""
+    words, _, files = finished(module)
+    with workdir() as here:
+        inputs(here)
+        with stopped_at(module, 115, 130), hurried(module):
+            status, _, err = call(module, words)
+        assert status == 130 and len(err.split("\n")) <= 3 and "Traceback" not in err, err
+        assert torch.load(here / "run/model.pt", weights_only=True)["done"] == 100  # so that 15 iterations come again
+        status, out, err = call(module, words)
+        assert status == 0, err
+        differ = changed(files, snapshot(here))
+        same(*(torch.load(io.BytesIO(run["run/model.pt"]), weights_only=True) for run in (files, snapshot(here))))
+        assert differ in ([], ["run/model.pt"]), differ  # a pickle of equal tensors may lay them out in another order
+
+def same(a, b, where=""):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    assert type(a) is type(b), (where, type(a), type(b))
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f"{where} differs"
+    elif isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b) and (not isinstance(a, dict) or a.keys() == b.keys()), where
+        for key in a if isinstance(a, dict) else range(len(a)):
+            same(a[key], b[key], f"{where}/{key}")
+    else:
+        assert a == b, f"{where}: {a}, {b}"
+
+@each()
+def test_repo_run_again(module):
+    """A finished command trains nothing when it is given again, and leaves the same bytes."""
+    words, _, files = finished(module)
+    with workdir() as here, mock.patch.object(torch.Tensor, "backward", side_effect=AssertionError("it trains")):
+        unpack(files, here)
+        status, _, err = call(module, words)
+        assert status == 0, err
+        assert not (differ := changed(files, snapshot(here))), differ
+
+@each()
+def test_repo_fresh(module):
+    """--fresh forgets the checkpoint, even a broken one, but leaves it there until there is something to save."""
+    with workdir() as here:
+        words = [*command(module, **inputs(here)), "--fresh"]
+        unpack({"run/model.pt": b"broken"}, here)
+        with stopped_at(module, 1, 2):
+            assert call(module, words)[0] == 130
+        assert (here / "run/model.pt").read_bytes() == b"broken"
+
+@each()
+def test_repo_write_is_atomic(module):
+    """write() on a full disk, or killed just before the rename, leaves the old file and no other."""
+    with workdir() as here:
+        path = here / "sub" / "file"
+        module.write(path, b"old")
+        with full_disk(1000):
+            try:
+                module.write(path, bytes(2000))
+            except OSError as e:
+                assert e.errno == errno.EFBIG
+            else:
+                raise AssertionError("the disk was full")
+        assert snapshot(path.parent) == {"file": b"old"}
+
+        def rename(source, target):
+            assert (Path(source).read_bytes(), Path(target).read_bytes()) == (bytes(2000), b"old")
+            raise KeyboardInterrupt
+
+        with mock.patch("os.replace", rename), contextlib.suppress(KeyboardInterrupt):
+            module.write(path, bytes(2000))
+        assert snapshot(path.parent) == {"file": b"old"}
+        module.write(path, bytes(2000))
+        assert snapshot(path.parent) == {"file": bytes(2000)}
+
+def refused(module, words, say, here):
+    """None if main refuses the words as it should, saying `say` and touching nothing in here; else what went wrong."""
+    before = snapshot(here)
+    status, out, err = call(module, words)
+    if status != 2 or err.count("\n") != 1 or "Traceback" in err or not re.search(say, err):
+        return f"{shlex.join(map(str, words))}: status {status}, wanted 2 and {say!r}; stderr:\n{err}"
+    if differ := changed(before, snapshot(here)):
+        return f"{shlex.join(map(str, words))}: wrote {differ}"
+
+@each()
+def test_repo_bad_values(module):
+    """What no run can use is refused in one line before anything is written, and so is an unknown flag."""
+    bad = [("--iters", "0", "--iters"), ("--samples", "0", "--samples"), ("--batch", "0", "--batch"),
+           ("--batch", "many", "--batch"), ("--lr", "fast", "--lr"), ("--device", "nonsense", "nonsense"),
+           ("--device", "cuda" if not torch.cuda.is_available() else "cuda:99", "cuda"), ("--size", "0", "--size"),
+           ("--size", "30", "size 30"), ("--width", "12", "width 12"), ("--channels", "2", "--channels")]
+    with workdir() as here:
+        flags = inputs(here)
+        wrong = [refused(module, [*command(module, **flags), name, value], say, here)
+                 for name, value, say in bad if name in options(module)]
+        wrong += [refused(module, [*command(module, **flags), "--no-such-flag"], "--no-such-flag", here)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+@each(has_images)
+def test_repo_bad_data(module):
+    """Data that cannot be read is refused in one line that names it, and load_images says the same."""
+    x, name = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8), "train-images-idx3-ubyte"
+    huge = bytes([0, 0, 8, 3]) + b"\x7f\xff\xff\xff" * 3 + bytes(50)
+    picture = io.BytesIO()
+    Image.fromarray(x[0].repeat(9, 0).repeat(9, 1)).save(picture, "PNG")
+    bad = {"no file that counts": ({"a.txt": b"x"}, "neither"), "empty": ({}, "neither"),
+           "gzip cut short": ({name + ".gz": gzip.compress(idx(x))[:-20]}, name),
+           "gzip damaged": ({name + ".gz": gzip.compress(bytes(999))[:10] + bytes(99)}, name),
+           "wrong magic": ({name: b"\0\0\x0d" + idx(x)[3:]}, name), "no bytes": ({name: b""}, name),
+           "only a magic": ({name: b"\0\0\x08\x03"}, name), "cut short": ({name: idx(x)[:-1]}, name),
+           "too long": ({name: idx(x) + b"x"}, name), "huge": ({name: huge}, name),
+           "empty array": ({name: idx(x[:0])}, name), "labels": ({name: idx(x[:, 0, 0])}, name),
+           "no training part": ({"t10k-images-idx3-ubyte": idx(x)}, name),
+           "text called .png": ({"sub/a.png": b"hello"}, "a.png"), "empty .jpg": ({"a.jpg": b""}, "a.jpg"),
+           "half a .png": ({"a.png": picture.getvalue()[:-30]}, "a.png"),
+           "one bad, one good": ({"a.png": b"", "b.png": picture.getvalue()}, "a.png")}
+    wrong = [refused_data(module, files, say) for files, say in bad.values()]
+    assert not any(wrong), "\n".join(f"{kind}: {w}" for kind, w in zip(bad, wrong) if w)
+    with workdir() as here:
+        unpack({"secret/a.png": picture.getvalue()}, here)
+        (here / "secret" / "a.png").chmod(0)
+        unreadable = not os.access(here / "secret" / "a.png", os.R_OK)  # root may read everything
+        wrong = [refused(module, command(module, data="secret"), "a.png", here)] if unreadable else []
+        for data in "nowhere/at all", "no\nsuch folder":
+            say = " ".join(data.split()) + ".*no such"
+            wrong += [refused(module, command(module, data=data), say, here)]
+        with mock.patch.object(module.download_mnist, "__defaults__", (("http://127.0.0.1:9/",),)):  # a closed port
+            wrong += [refused(module, command(module, data="mnist"), "127.0.0.1:9.*--data digits", here)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+def refused_data(module, files, say):
+    """As refused(), for a folder of these files; load_images has to raise as well."""
+    with workdir() as here:
+        (here / "data set").mkdir()
+        unpack({f"data set/{file}": raw for file, raw in files.items()}, here)
+        wrong = refused(module, command(module, data="data set"), say, here)
+        try:
+            module.load_images("data set", 8)
+            return wrong or "load_images took it"
+        except (ValueError, OSError) as e:
+            return wrong or (None if re.search(say, str(e)) else f"load_images says {e}")
+
+@each()
+def test_repo_bad_checkpoint(module):
+    """A checkpoint that is none, or of other data, another file, network or setting, is refused and stays as it is."""
+    words, _, files = finished(module)
+    good = files["run/model.pt"]
+
+    def edited(**new):
+        file = io.BytesIO()
+        torch.save({**torch.load(io.BytesIO(good), weights_only=True), **new}, file)
+        return file.getvalue()
+
+    parts = torch.load(io.BytesIO(good), weights_only=True)["parts"]
+    renamed = [{"old_" + key: value for key, value in part.items()} for part in parts]  # as a changed network has them
+    broken = {"empty": b"", "garbage": b"garbage" * 99, "cut short": good[:-100], "cut shorter": good[:999],
+              "another file's": edited(method="other"), "another network's": edited(parts=renamed)}
+    other = [("--width", 16, "width 8, not 16"), ("--iters", 131, "iters 130, not 131"), ("--seed", 7, "seed 0, not 7"),
+             ("--batch", 3, "batch 2, not 3"), ("--lr", 0.5, "lr .*, not 0.5"), ("--size", 12, "size 8, not 12"),
+             ("--channels", 1, "channels 3, not 1"), ("--data", "others", "made with")]
+    with workdir() as here:
+        unpack(files, here)
+        paint(here / "others", seed=1)
+        wrong = [refused(module, [*words, name, value], f"{say}.*--fresh", here)
+                 for name, value, say in other if name in options(module)]
+        for kind, raw in broken.items():
+            (here / "run/model.pt").write_bytes(raw)
+            wrong += [refused(module, words, "other.py" if "file" in kind else "model.pt", here)]
+            try:
+                module.load(here / "run/model.pt")
+                wrong += [f"load took a checkpoint that is {kind}"]
+            except ValueError as e:
+                wrong += [None if "model.pt" in str(e) else f"load of one that is {kind} says {e}"]
+            except Exception as e:
+                wrong += [f"load of one that is {kind} raises {type(e).__name__}"]
+        (here / "run/model.pt").unlink()
+        (here / "run/model.pt").mkdir()  # cannot be opened, not even by root
+        wrong += [refused(module, words, "model.pt", here)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+@each()
+def test_repo_loss_not_finite(module):
+    """A loss that is not finite ends training with its iteration and a hint, and the last good checkpoint stays."""
+    words, _, files = finished(module)
+    if "--lr" in options(module):
+        with workdir() as here:
+            unpack(files, here)
+            wrong = refused(module, [*words, "--lr", "1e30", "--iters", 3, "--fresh"], "iteration.*--lr", here)
+        assert not wrong, wrong
+
+@each()
+def test_repo_full_disk(module):
+    """A disk that fills while training saves is said in one line, and the old run folder stays whole."""
+    words, _, files = finished(module)
+    with workdir() as here:
+        unpack(files, here)
+        with full_disk(4000):
+            wrong = refused(module, [*words, "--iters", 2, "--fresh"], "too large|space", here)
+    assert not wrong, wrong
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """/good/ has the files, /short/ breaks off, /wrong/ has other bytes, anything else has nothing."""
+    def do_GET(self):
+        _, kind, name = self.path.split("/")
+        self.server.asked.append(self.path[1:])
+        body = {"good": self.server.files[name], "short": self.server.files[name], "wrong": b"not it"}.get(kind)
+        self.send_response(200 if body else 404)
+        self.send_header("Content-Length", str(len(body or b"") + 10 * (kind == "short")))
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+@each(has_images)
+def test_repo_download(module):
+    """The download goes past dead, short, wrong and empty mirrors, keeps only what is right, and asks but once."""
+    names = list(module.MNIST_SHA256)
+    files = {name: name.encode() * 50 for name in names}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    server.files, server.asked, at = files, [], f"http://127.0.0.1:{server.server_port}/"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    dead, right = "http://127.0.0.1:9/", {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items()}
+    try:
+        with mock.patch.dict(module.MNIST_SHA256, right):
+            for first in (dead, at + "short/", at + "wrong/", at + "none/"):
+                with workdir() as here:
+                    module.download_mnist(here / "new" / "mnist", (first, at + "good/"))
+                    assert snapshot(here / "new" / "mnist") == files, first
+                    del server.asked[:]
+                    module.download_mnist(here / "new" / "mnist", (at + "good/",))
+                    assert not server.asked, "it asked for what was there"
+            with workdir() as here:
+                module.write(here / "mnist" / names[0], b"here already")  # only what is missing is asked for
+                module.download_mnist(here / "mnist", (at + "good/",))
+                assert server.asked == ["good/" + name for name in names[1:]]
+            with workdir() as here:
+                try:
+                    module.download_mnist(here / "mnist", (dead, at + "short/", at + "wrong/", at + "none/"))
+                    raise AssertionError("no mirror was right, and it did not mind")
+                except OSError as e:
+                    for why in (names[0], dead + ": .*refused", "short/: Incomplete", "wrong/: .*SHA", "none/: .*404"):
+                        assert re.search(why, str(e)), (why, e)
+                assert not snapshot(here), "something is left of a failed download"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+@each(has_images)
+def test_repo_data_idx(module):
+    """IDX files, gzipped or not, come back as they went in, are scaled to --size, and fill all channels with grey."""
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 256, (n, 8, 8), dtype=np.uint8) for n in (5, 3))
+    with workdir() as here:
+        unpack({"idx/train-images-idx3-ubyte.gz": gzip.compress(idx(train)), "idx/t10k-images-idx3-ubyte": idx(test),
+                "idx/train-labels-idx1-ubyte": idx(train[:, 0, 0])}, here)
+        for want, got in (train, module.load_images("idx", 8)), (test, module.load_images("idx", 8, test=True)):
+            assert got.dtype == torch.uint8 and np.array_equal(got[:, 0], want) and got.shape[1:] == (1, 8, 8)
+        colour = module.load_images("idx", 8, 3)
+        assert colour.shape == (5, 3, 8, 8) and all(np.array_equal(colour[:, c], train) for c in range(3))
+        large, small = module.load_images("idx", 12), module.load_images("idx", 4)
+        assert large.shape == (5, 1, 12, 12) and small.shape == (5, 1, 4, 4)
+        near(small.double().mean((1, 2, 3)), train.mean((1, 2)), 2)  # the mean of 64 bytes, but for the edges' weight
+        for shape in ((7,), (2, 3), (2, 3, 4)):
+            array = rng.integers(0, 256, shape, dtype=np.uint8)
+            unpack({"a": idx(array), "b": gzip.compress(idx(array))}, here)
+            assert all(np.array_equal(module.read_idx(here / file), array) for file in "ab")
+
+@each(has_images)
+def test_repo_data_pictures(module):
+    """Pictures of any shape, mode and subfolder are read, each tenth kept for the test, none in both; one is enough."""
+    with workdir() as here:
+        for i in range(25):  # picture i is i + 100 all over
+            file = here / f"pics/{'abc'[i // 9]}/deep/{i:02}{('.png', '.PNG')[i % 2]}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.new("L", (8 + i % 3 * 5, 8 + i % 2 * 9), i + 100)
+            picture.convert(("L", "RGB", "RGBA", "P", "LA")[i % 5]).save(file)
+        (here / "pics" / "a" / "notes.txt").write_text("not a picture")
+        for channels in (1, 3):
+            train, test = (module.load_images("pics", 8, channels, test=test) for test in (False, True))
+            assert train.dtype == torch.uint8 and train.shape[1:] == test.shape[1:] == (channels, 8, 8)
+            assert test[:, 0, 0, 0].tolist() == [109, 119] and len(train) == 23
+            assert sorted(v for x in (*train, *test) for v in set(x.flatten().tolist())) == list(range(100, 125))
+        side = np.zeros((4, 8, 3), np.uint8)
+        side[:, 2:6] = 10, 20, 30  # the middle square, red green blue; what lies beside it is cut off
+        side[0, 2:6] = 90, 80, 70  # its top row
+        (here / "one").mkdir()
+        Image.fromarray(side).save(here / "one" / "a.png")
+        for test in (False, True):
+            x = module.load_images("one", 4, 3, test=test)
+            assert x.shape == (1, 3, 4, 4) and (x[0, :, 1:] == torch.tensor([10, 20, 30]).view(3, 1, 1)).all()
+            assert (x[0, :, 0] == torch.tensor([90, 80, 70]).view(3, 1)).all()
+        paint(here / "few", 3)
+        few = [module.load_images("few", 8, test=test) for test in (False, True)]
+        assert [len(x) for x in few] == [2, 1]  # fewer than ten: still one for the test
+
+@each(has_images)
+def test_repo_digits(module):
+    """Image i of the drawn digits shows i % 10: its kind is most like that glyph, and a simple classifier reads it."""
+    x = module.draw_digits(2000)
+    assert x.shape == (2000, 1, 28, 28) and x.dtype == torch.uint8 and (x.min(), x.max()) == (0, 255)
+    assert torch.equal(x, module.draw_digits(2000)) and not torch.equal(x, module.draw_digits(2000, seed=1))
+    assert len({tuple(i.flatten().tolist()) for i in x[:200]}) == 200  # no two alike
+    state = torch.get_rng_state()
+    assert module.draw_digits(20, 12).shape == (20, 1, 12, 12) and torch.equal(state, torch.get_rng_state())
+    train, test = (module.load_images("digits", 8, 3, test=test) for test in (False, True))
+    assert (train.shape, test.shape) == ((60000, 3, 8, 8), (10000, 3, 8, 8)) and torch.equal(train[:, 0], train[:, 2])
+    assert not (train[:10000] == test).all((1, 2, 3)).any()  # other digits for the test
+    kinds = torch.stack([x[:1000][k::10, 0].float().mean(0) for k in range(10)])
+    read = torch.cdist(x[1000:].flatten(1).float(), kinds.flatten(1)).argmin(1)
+    assert (read == torch.arange(1000) % 10).float().mean() > 0.6  # one in ten by chance
+    glyphs = torch.zeros(10, 28, 28)
+    for k in range(10):
+        tile = Image.new("L", (28, 28))
+        ImageDraw.Draw(tile).text((14, 14), str(k), 255, ImageFont.load_default(26), "mm", stroke_width=1)
+        glyphs[k] = torch.from_numpy(np.array(tile))
+    alike = torch.corrcoef(torch.cat([kinds - kinds.mean(0), glyphs - glyphs.mean(0)]).flatten(1))[:10, 10:]
+    assert alike.argmax(1).tolist() == list(range(10)), alike
+
+def test_repo_real_mnist():
+    """MNIST as everybody has it, where the environment variable MNIST names its folder: its mean, and every byte."""
+    if "MNIST" not in os.environ:
+        raise unittest.SkipTest("MNIST names no folder")
+    facts = [(60000, 0.1306604762738429, "6bbc9ace898e44ae57da46a324031adb"),  # the 0.1307 of many a script
+             (10000, 0.1325146058423369, "2646ac647ad5339dbf082846283269ea")]
+    module = next(filter(has_images, MODULES.values()))  # the loaders are the same in all files
+    for test, (n, mean, md5) in enumerate(facts):
+        x = module.load_images(os.environ["MNIST"], test=bool(test))
+        assert x.shape == (n, 1, 28, 28) and x.dtype == torch.uint8
+        near(x.double().mean() / 255, mean, 1e-12)
+        assert hashlib.md5(idx(x[:, 0].numpy())).hexdigest() == md5  # of the file before it was gzipped
+
+@each(has_images)
+def test_repo_grid(module):
+    """The grid goes row by row with a line between its tiles; bytes and floats convert there and back without loss."""
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    x = module.to_float(bytes_)
+    for off in (-0.4, 0, 0.4):  # of a byte: rounded to the nearest
+        assert torch.equal(module.to_uint8(x + off / 127.5), bytes_)
+    assert (x[0], x[255]) == (-1, 1)
+    assert module.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+    for channels in (1, 3):
+        tiles = module.to_float(torch.arange(10, 10 + 5 * channels).to(torch.uint8).view(5, channels, 1, 1))
+        tiles = tiles.repeat(1, 1, 8, 6)  # not square: rows and columns must not be mixed up
+        with workdir() as here:
+            module.save_grid(here / "grid.png", tiles, 3)
+            sheet = np.array(Image.open(here / "grid.png").convert("RGB"))
+        zoom, rest = divmod(sheet.shape[0], 8 + 2 + 8)
+        assert zoom > 1 and not rest and sheet.shape[1] == zoom * (6 + 2 + 6 + 2 + 6)
+        sheet = sheet[::zoom, ::zoom]
+        for i in range(5):
+            row, column = divmod(i, 3)
+            tile = sheet[10 * row : 10 * row + 8, 8 * column : 8 * column + 6]
+            assert (tile == 10 + i * channels + np.arange(channels)).all(), i
+        blank = [sheet[8:10], sheet[:, 6:8], sheet[:, 14:16], sheet[10:, 16:]]
+        assert len(np.unique(np.concatenate([b.reshape(-1) for b in blank]))) == 1
+    with workdir() as here:
+        module.save_samples(here, torch.zeros(70, 1, 8, 8))
+        assert np.load(here / "samples.npy").shape == (70, 8, 8)  # all of them
+        with Image.open(here / "samples.png") as sheet:
+            assert sheet.width == sheet.height  # the first 64: 8 by 8
+
+@each(lambda module: hasattr(module, "Progress"))
+def test_repo_progress(module):
+    """Progress renews one line in a terminal; elsewhere it says a whole line now and then, and one at the end."""
+    def said(tty):
+        clock, out = types.SimpleNamespace(perf_counter=itertools.count(0.0).__next__), io.StringIO()  # a second a look
+        out.isatty = lambda: tty
+        with mock.patch.object(module, "time", clock), contextlib.redirect_stdout(out):
+            progress = module.Progress("iteration", "images", 100, 10)
+            for i in range(10, 100):
+                progress(i + 1, 32, "loss 0.5")
+        last = re.split("[\r\n]", out.getvalue().strip())[-1]
+        assert out.getvalue().endswith("\n") and re.search(r"100/100 +loss 0.5 +32 images/s +90 s *$", last), last
+        return out.getvalue()
+
+    assert said(True).count("\r") == 90 and said(True).count("\n") == 1
+    lines = said(False)
+    assert "\r" not in lines and lines.count("\n") == 5  # after 21, 42, 63, 84 and 90 seconds
+    assert re.search(r" 31/100 .* 69 s left\n", lines), lines
+
+# ----------------------------------------------------------------------------------------------------------- ddpm -----
+SEEDS = 0, 1, 2
+
+def normal(*shape, seed=0):
+    """Float64 noise of its own generator."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+def oracle(x_0, s):
+    """The noise that was added, as only a network can know it for which x_0 is all the data there is."""
+    return lambda x_t, t: (x_t - ddpm.at(s.alpha_bar.sqrt(), t, x_t) * x_0) / ddpm.at((1 - s.alpha_bar).sqrt(), t, x_t)
+
+def constant(guess):
+    """A network that answers `guess`, whatever it is asked."""
+    return lambda x_t, t: guess.expand_as(x_t)
+
+def test_ddpm_chain_of_steps_is_the_closed_form():
+    """(1), (2): one-step kernels, chained, have the mean and the variance of q_sample at every t, for several T."""
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for T in 1, 2, 10, 1000:
+        s, mean, variance = ddpm.make_schedule(T), 1.0, 0.0
+        for t, beta in enumerate(s.beta.tolist()):
+            mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
+            near(ddpm.q_sample(one, t, zero, s), mean, 1e-12)  # float64, a thousand roundings
+            near(ddpm.q_sample(zero, t, one, s) ** 2, variance, 1e-12)
+
+def test_ddpm_chain_of_samples():
+    """(1), (2): noise really added step by step ends with the moments of q_sample, ten large steps, by Monte Carlo."""
+    s, n = ddpm.make_schedule(10, 0.05, 0.5), 90_000
+    for seed in SEEDS:
+        x = torch.full((1, 1, n), 0.7, dtype=torch.float64)
+        for t, beta in enumerate(s.beta.tolist()):
+            x = (1 - beta) ** 0.5 * x + beta**0.5 * normal(1, 1, n, seed=100 * seed + t)
+        mean, variance = 0.7 * s.alpha_bar[-1].item() ** 0.5, 1 - s.alpha_bar[-1].item()
+        near(x.mean(), mean, 4.5 * (variance / n) ** 0.5)  # 4.5 standard errors
+        near(x.var(), variance, 4.5 * variance * (2 / n) ** 0.5)
+        got = ddpm.q_sample(torch.full((1, 1, n), 0.7), 9, normal(1, 1, n, seed=seed), s)
+        near(got.mean(), x.mean(), 6 * (variance / n) ** 0.5)
+        near(got.var(), x.var(), 6 * variance * (2 / n) ** 0.5)
+
+def test_ddpm_schedule():
+    """(2), (3): every table against numpy, the posterior's precision as the sum of two; the ends are the paper's."""
+    for T, first, last in (1000, 1e-4, 0.02), (50, 1e-4, 0.02), (20, 0.01, 0.4):
+        s = ddpm.make_schedule(T, first, last) if T != 1000 else ddpm.make_schedule()
+        beta = np.array([first + (last - first) * k / (T - 1) for k in range(T)])
+        alpha_bar = np.exp(np.cumsum(np.log1p(-beta)))
+        before = alpha_bar[:-1]
+        precision = (1 - beta[1:]) / beta[1:] + 1 / (1 - before)  # of x_t given x_{t-1}, and of x_{t-1} given x_0
+        tables = {"beta": beta, "alpha_bar": alpha_bar, "signal": alpha_bar**0.5, "noise": (1 - alpha_bar) ** 0.5,
+                  "beta_tilde": np.append(0, 1 / precision),
+                  "x_0_share": np.append(1, before**0.5 / (1 - before) / precision),
+                  "x_t_share": np.append(0, (1 - beta[1:]) ** 0.5 / beta[1:] / precision)}
+        for name, want in tables.items():
+            near(getattr(s, name), want, 1e-15, 1e-11)  # 1 - alpha_bar loses four digits at the first step
+            assert getattr(s.to("cpu"), name).dtype == torch.float32
+    s = ddpm.make_schedule()
+    assert len(s.beta) == 1000 and (s.beta[0], s.beta[-1]) == (1e-4, 0.02)
+    assert 3.9e-5 < s.alpha_bar[-1] < 4.2e-5
+
+def test_ddpm_posterior_is_bayes():
+    """(3): q_mean and beta_tilde against prior times likelihood, added up on a fine grid."""
+    s, x_0, x_t = ddpm.make_schedule(), 0.3, -0.6
+    for t in 1, 2, 10, 500, 999:
+        beta, before = s.beta[t].item(), s.alpha_bar[t - 1].item()
+        tensors = torch.full((1, 1), x_0, dtype=torch.float64), torch.full((1, 1), x_t, dtype=torch.float64)
+        guess, width = ddpm.q_mean(*tensors, t, s).item(), s.beta_tilde[t].item() ** 0.5
+        x = np.linspace(guess - 12 * width, guess + 12 * width, 200_001)
+        log_p = -((x - before**0.5 * x_0) ** 2) / (2 * (1 - before)) - (x_t - (1 - beta) ** 0.5 * x) ** 2 / (2 * beta)
+        p = np.exp(log_p - log_p.max())
+        mean = (p * x).sum() / p.sum()
+        near(guess, mean, 1e-9)
+        near(width**2, (p * (x - mean) ** 2).sum() / p.sum(), 0, 1e-6)  # cut off at 12 deviations, and rounding
+
+def test_ddpm_gauss_kl():
+    """(5): against torch's own, summed over all but the first axis, and against its definition by Monte Carlo."""
+    for seed in SEEDS:
+        mean, other = normal(2, 5, 3, 4, 4, seed=seed)
+        var, var_other = normal(2, 5, 3, 4, 4, seed=seed + 9).exp()
+        want = D.kl_divergence(D.Normal(mean, var.sqrt()), D.Normal(other, var_other.sqrt())).sum((1, 2, 3))
+        got = ddpm.gauss_kl(mean, var, other, var_other)
+        assert got.shape == (5,)
+        near(got, want, 0, 1e-12)
+        one = lambda table: table[0, 0, 0, 0]
+        p, q = D.Normal(one(mean), one(var).sqrt()), D.Normal(one(other), one(var_other).sqrt())
+        x = p.loc + p.scale * normal(100_000, seed=seed)
+        draws = p.log_prob(x) - q.log_prob(x)
+        got = ddpm.gauss_kl(*(v.view(1, 1) for v in (p.loc, p.variance, q.loc, q.variance)))
+        near(got, draws.mean(), 4.5 * draws.std() / 100_000**0.5)
+    near(ddpm.gauss_kl(mean, var, mean, var), 0)
+
+def test_ddpm_p_mean():
+    """(6): the true noise gives the posterior mean; unclipped it is the paper's equation 11; clipped, x_0 is cut."""
+    s = ddpm.make_schedule()
+    for seed, t in itertools.product(SEEDS, (0, 1, 500, 999)):
+        x_0, eps = normal(4, 3, 4, 4, seed=seed).clamp(-1, 1), normal(4, 3, 4, 4, seed=seed + 9)
+        x_t = s.alpha_bar[t].sqrt() * x_0 + (1 - s.alpha_bar[t]).sqrt() * eps
+        for clip in (False, True):
+            near(ddpm.p_mean(constant(eps), x_t, t, s, clip), ddpm.q_mean(x_0, x_t, t, s), 1e-9)
+        guess = 3 * normal(4, 3, 4, 4, seed=seed + 99)
+        want = (x_t - s.beta[t] / (1 - s.alpha_bar[t]).sqrt() * guess) / (1 - s.beta[t]).sqrt()
+        near(ddpm.p_mean(constant(guess), x_t, t, s, clip=False), want, 1e-9)  # 1 / sqrt(alpha_bar) is 157 at the end
+        cut = ((x_t - (1 - s.alpha_bar[t]).sqrt() * guess) / s.alpha_bar[t].sqrt()).clamp(-1, 1)
+        near(ddpm.p_mean(constant(guess), x_t, t, s), ddpm.q_mean(cut, x_t, t, s), 1e-9)
+
+def test_ddpm_weight_of_the_noise():
+    """The w_t that (7) leaves out: two guesses differ in (5) by w_t times what they differ in squared error."""
+    s = ddpm.make_schedule()
+    for seed, t, name in itertools.product(SEEDS, (1, 30, 999), ("beta", "beta_tilde")):
+        x_0, eps, one, two = normal(4, 5, 1, 4, 4, seed=seed)
+        x_t, variance = ddpm.q_sample(x_0, t, eps, s), getattr(s, name)[t]
+        means = [ddpm.p_mean(constant(guess), x_t, t, s, clip=False) for guess in (one, two)]
+        kl = [ddpm.gauss_kl(ddpm.q_mean(x_0, x_t, t, s), s.beta_tilde[t], mean, variance) for mean in means]
+        error = [((eps - g) ** 2).sum((1, 2, 3)) for g in (one, two)]
+        w = s.beta[t] ** 2 / (2 * variance * (1 - s.beta[t]) * (1 - s.alpha_bar[t]))
+        near(kl[0] - kl[1], w * (error[0] - error[1]), 1e-9, 1e-9)
+
+def test_ddpm_loss():
+    """(7): the network sees x_t as (2) makes it, and t as it is; the loss is the mean square of what it misses."""
+    s, seen = ddpm.make_schedule(), []
+    for seed in SEEDS:
+        x_0, eps, guess = normal(3, 4, 2, 4, 4, seed=seed)
+        t = torch.tensor([0, 999, 300, 41])
+        loss = ddpm.loss_simple(lambda *args, guess=guess: seen.append(args) or guess, x_0, t, eps, s)
+        assert loss.shape == (4,)
+        near(loss, ((guess - eps) ** 2).sum((1, 2, 3)) / (2 * 4 * 4), 1e-12)
+        assert torch.equal(seen[-1][1], t)
+        for i in range(4):
+            a = s.alpha_bar[t[i]].item()
+            near(seen[-1][0][i], a**0.5 * x_0[i] + (1 - a) ** 0.5 * eps[i], 1e-12)
+
+def test_ddpm_draw_t():
+    """(7): with its weights, any function of t has its plain mean over 0 .. T-1; a batch is spread over all of them."""
+    for seed, T in itertools.product(SEEDS, (1, 10, 1000)):
+        torch.manual_seed(seed)
+        t, weight = ddpm.draw_t(100_000, T)
+        assert t.shape == weight.shape == (100_000,) and (t.min(), t.max()) == (0, T - 1)
+        steps = torch.arange(T, dtype=torch.float64) / T
+        for f in steps**0, steps, (steps < 0.1).double(), torch.cos(6 * steps):
+            near((weight * f[t]).mean(), f.mean(), 1e-3)  # evenly spread, so nearer than 100,000 free draws would be
+        small = torch.stack([ddpm.draw_t(8, T)[0] for _ in range(100)])
+        edges = torch.quantile(t.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+        for edge in edges if T == 1000 else ():  # two of eight lie below the first quartile, and so on
+            below = (small < edge).sum(1).double().mean()
+            assert ((small < edge).sum(1) - below).abs().max() < 1.5
+
+def test_ddpm_oracle_sampler():
+    """(8): a network that knows the only image there is leads there, by either variance, clipped or not, for any T."""
+    class Spy(list):
+        def __call__(self, x_t, t):
+            self.append((x_t, t.tolist()))
+            return know(x_t, t)
+
+    x_0 = normal(1, 2, 2, 2, seed=5).clamp(-1, 1)
+    for T, variance, clip, seed in itertools.product((1, 2, 50, 1000), ("large", "small"), (True, False), (0, 1)):
+        s, generator = ddpm.make_schedule(T), torch.Generator().manual_seed(seed)
+        know, spy, x_T = oracle(x_0, s), Spy(), normal(3, 2, 2, 2, seed=seed)
+        states = [(None, x_T), *ddpm.reverse(spy, x_T, s, variance, clip, generator)]
+        assert [t for t, _ in states[1:]] == [*reversed(range(T))] and len(spy) == T
+        for (x_t, t), (_, current), (step, _) in zip(spy, states, states[1:]):
+            assert x_t is current and t == [step] * 3  # it sees the current state and its time
+        near(states[-1][1], x_0, 1e-10)  # float64, and noise / signal is 157 where it starts
+
+def test_ddpm_step_adds_its_variance():
+    """(8): a step adds sqrt(beta_t) z or sqrt(beta~_t) z to the mean, and at the last step nothing."""
+    s, x_t, z = ddpm.make_schedule(), normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1)
+    model = constant(normal(2, 1, 4, 4, seed=2))
+    for t, (variance, table) in itertools.product((0, 1, 500, 999), {"large": s.beta, "small": s.beta_tilde}.items()):
+        still, moved = (ddpm.p_step(model, x_t, t, noise, s, variance) for noise in (0 * z, z))
+        near(still, ddpm.p_mean(model, x_t, t, s), 1e-15)
+        near(moved - still, table[t].sqrt() * z if t else 0, 1e-12)
+
+def test_ddpm_sampler_has_the_right_law():
+    """(8): started at q(x_T | x_0), the oracle with the small variance passes through q(x_t | x_0) at every t."""
+    s, n = ddpm.make_schedule(20, 0.01, 0.4), 40_000
+    for seed in SEEDS:
+        x_0 = torch.tensor([0.5, -0.2], dtype=torch.float64).view(2, 1, 1)  # two pixels
+        x_T = ddpm.q_sample(x_0, 19, normal(n, 2, 1, 1, seed=seed), s)
+        generator, state = torch.Generator().manual_seed(seed + 50), torch.get_rng_state()
+        for t, x in ddpm.reverse(oracle(x_0, s), x_T, s, "small", False, generator):
+            if t:
+                mean, variance = s.alpha_bar[t - 1].sqrt() * x_0, 1 - s.alpha_bar[t - 1].item()
+                near(x.mean(0), mean, 5 * (variance / n) ** 0.5)  # 5 standard errors: 114 comparisons
+                near(x.var(0), variance, 5 * variance * (2 / n) ** 0.5)
+        assert torch.equal(state, torch.get_rng_state())  # only its own generator
+
+def test_ddpm_decoder():
+    """(9): the 256 bytes share out all probability, each has its bin's integral, and far away it stays finite."""
+    bytes_ = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(256, 1, 1, 1)
+    for mean, sigma in itertools.product((-1.3, -1.0, 0.0011, 0.7, 1.0), (0.004, 0.0073, 0.1, 0.5)):
+        mean, sigma = torch.tensor(mean, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
+        p = ddpm.log_decoder(bytes_, mean, sigma).exp()
+        near(p.sum(), 1, 1e-9)  # the floor of 1e-12 for each byte
+        for k in (1, 40, 128, 216, 254):
+            x = torch.linspace((2 * k - 1) / 255 - 1, (2 * k + 1) / 255 - 1, 2001, dtype=torch.float64)
+            near(p[k], torch.trapezoid(D.Normal(mean, sigma).log_prob(x).exp(), x), 1e-6)  # a grid of 2001 points
+        for k, tail in (0, (-254 / 255 - mean) / sigma), (255, (mean - 254 / 255) / sigma):
+            near(p[k], 0.5 * math.erfc(-tail / 2**0.5), 1e-9)
+    x_0 = ddpm.to_float(torch.randint(256, (6, 3, 4, 4), generator=torch.Generator().manual_seed(0)))
+    sigma = ddpm.make_schedule().beta_tilde[1].sqrt().float()
+    far = ddpm.log_decoder(x_0, x_0 + 50, sigma)
+    assert far.shape == (6,) and torch.isfinite(far).all() and (far < -100).all()
+    parts = [ddpm.log_decoder(x_0[:, c : c + 1], x_0[:, c : c + 1], sigma) for c in range(3)]
+    near(ddpm.log_decoder(x_0, x_0, sigma), sum(parts), 1e-4)  # float32
+
+def test_ddpm_bound_of_an_oracle():
+    """(4): if the network knows x_0, L_t is 0 or what the variances differ by, L_0 is (9) at x_0, L_T is torch's."""
+    x_0 = torch.randint(256, (3, 2, 4, 4), generator=torch.Generator().manual_seed(1)).double() / 127.5 - 1
+    for T in 10, 1000:
+        s = ddpm.make_schedule(T)
+        ratio = s.beta_tilde[1:] / s.beta[1:]
+        extra = {"small": 0.0, "large": (ratio - 1 - ratio.log()).sum().item() / 2}  # nats for each pixel
+        for variance, clip in itertools.product(extra, (True, False)):
+            bits = ddpm.bound(oracle(x_0, s), x_0, s, variance, clip, torch.Generator().manual_seed(0))
+            assert bits.shape == (3, 3)
+            q = D.Normal(s.alpha_bar[-1].sqrt() * x_0, (1 - s.alpha_bar[-1]).sqrt())
+            near(bits[:, 0], D.kl_divergence(q, D.Normal(0.0, 1.0)).mean((1, 2, 3)) / math.log(2), 1e-12, 1e-9)
+            near(bits[:, 1], extra[variance] / math.log(2), 1e-9)
+            inside = math.erf(1 / 255 / (2 * s.beta_tilde[1].item()) ** 0.5)  # of a bin in the middle of the Gaussian
+            nats = -(inside + (x_0.abs() == 1).double() * (1 - inside) / 2).log()  # black, white: a tail too
+            near(bits[:, 2], nats.mean((1, 2, 3)) / math.log(2), 1e-9)
+
+def test_ddpm_bound_of_a_gaussian():
+    """(4): for data N(0, I) a linear network and "large" are exact: L_T + L_1:T-1 = KL(q(x_1 | x_0) || N(0, I))."""
+    s, n = ddpm.make_schedule(100, 1e-3, 0.1), 2000
+    model = lambda x_t, t: ddpm.at((1 - s.alpha_bar).sqrt(), t, x_t) * x_t
+    for seed in SEEDS:
+        pixels = 0.5 * normal(1, 2, 2, 2, seed=seed)
+        bits = ddpm.bound(model, pixels.repeat(n, 1, 1, 1), s, "large", False, torch.Generator().manual_seed(seed))
+        q = D.Normal(s.alpha_bar[0].sqrt() * pixels, (1 - s.alpha_bar[0]).sqrt())
+        want = D.kl_divergence(q, D.Normal(0.0, 1.0)).mean() / math.log(2)
+        both = bits[:, :2].sum(1)
+        near(both.mean(), want, 4.5 * both.std() / n**0.5)
+        assert both.std() / n**0.5 < 0.01 * want  # so that the comparison says something
+
+def test_ddpm_bound_of_a_blind_network():
+    """(4), (9): if the network answers 0, L_{t-1} is w_t E eps^2 = w_t and a constant, and L_0 an integral over eps."""
+    s, n = ddpm.make_schedule(), 400
+    x_0 = torch.full((n, 1, 2, 2), 0.2, dtype=torch.float64)
+    eps, sigma = torch.linspace(-9, 9, 10_001, dtype=torch.float64), s.beta_tilde[1].sqrt()
+    last = D.Normal(0.2 + s.noise[0] / s.signal[0] * eps, sigma)  # p(x_0 | x_1) if eps is what is in x_1
+    p = last.cdf(torch.tensor(0.2 + 1 / 255)) - last.cdf(torch.tensor(0.2 - 1 / 255))
+    L_0 = torch.trapezoid(D.Normal(0.0, 1.0).log_prob(eps).exp() * -p.clamp(min=1e-12).log2(), eps)
+    for variance, table in (("large", s.beta), ("small", s.beta_tilde)):
+        bits = ddpm.bound(constant(0 * x_0[:1]), x_0, s, variance, False, torch.Generator().manual_seed(3))
+        beta, var, post, a = (v[1:].numpy() for v in (s.beta, table, s.beta_tilde, s.alpha_bar))
+        nats = (beta**2 / (2 * var * (1 - beta) * (1 - a)) + 0.5 * (post / var - 1 + np.log(var / post))).sum()
+        near(bits[:, 1].mean(), nats / math.log(2), 4.5 * bits[:, 1].std() / n**0.5)
+        near(bits[:, 2].mean(), L_0, 4.5 * bits[:, 2].std() / n**0.5)
+        assert (bits[:, 1:].std(0) / n**0.5 < 0.05 * bits[:, 1:].mean(0)).all()  # so that this says something
+
+def woken(model, seed=0):
+    """The model with weights that are nowhere zero, as if trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
+    return model
+
+def test_ddpm_network():
+    """The U-Net keeps any shape it can halve twice, uses t and every weight, and no image sees its neighbours."""
+    for channels, size in itertools.product((1, 3), (4, 8, 12, 28, 32)):
+        model, x = woken(ddpm.UNet(channels, size, 8)), normal(3, channels, size, size).float()
+        t = torch.tensor([0, 500, 999])
+        y = model(x, t)
+        assert y.shape == x.shape
+        near(y[1:2], model(x[1:2], t[1:2]), 1e-4)  # float32, sums in another order
+        assert (model(x, t.flip(0))[[0, 2]] - y[[0, 2]]).abs().amax((1, 2, 3)).min() > 1e-3
+        y.square().mean().backward()
+        for name, p in model.named_parameters():  # on one pixel, only the middle of a convolution has something to do
+            assert (p.grad != 0).all() if p.dim() > 1 and size > 4 else p.grad.any(), name
+    for size, width in (30, 8), (27, 8), (28, 12):
+        try:
+            ddpm.UNet(1, size, width)
+            raise AssertionError(f"took size {size}, width {width}")
+        except ValueError as e:
+            assert str(size) in str(e) and str(width) in str(e)
+
+def test_ddpm_network_starts_with_a_share_of_x():
+    """Before training the answer is a share of x, the same for all pixels, and a constant; a block passes x on."""
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        model, x = ddpm.UNet(1, 8, 8), normal(2, 1, 8, 8, seed=seed).float()
+        t = torch.tensor([7, 7])
+        share = (model(x, t) - model(0 * x, t)) / x
+        near(share, share[0, 0, 0, 0], 1e-3)  # float32, divided by a small pixel
+        x, e = normal(3, 8, 4, 4, seed=seed).float(), normal(3, 16, seed=seed).float()
+        rest = ddpm.Block(8, 8, 16)(x, e) - x
+        near(rest, rest[:1, :, :1, :1], 1e-5)
+
+def test_ddpm_training_draws():
+    """Training takes x_0 from the data in -1 .. 1, fresh N(0, I) noise, and any t at any place of the batch."""
+    images, seen = torch.arange(0, 200, 20, dtype=torch.uint8).view(10, 1, 1, 1).repeat(1, 1, 8, 8), []
+
+    def loss(model, x_0, t, eps, s):
+        seen.append((x_0, t, eps))
+        return 0 * next(model.parameters()).sum()
+
+    with mock.patch.object(ddpm, "loss_simple", loss), contextlib.redirect_stdout(io.StringIO()):
+        ddpm.train(images, iters=300, batch=4, width=8)
+    x_0, t, eps = (torch.stack(v) for v in zip(*seen))  # (300, 4, ...)
+    used, counts = x_0[..., 0, 0, 0].unique(return_counts=True)
+    near(used, torch.arange(0, 200, 20) / 127.5 - 1, 1e-6)
+    assert (x_0 == x_0[..., :1, :1]).all() and counts.min() > 75  # of 120 each: 75 is over four deviations away
+    assert 0 <= t.min() < 20 and 980 < t.max() < 1000  # 1200 draws
+    assert len(t.argmin(1).unique()) == 4
+    near(eps.mean(), 0, 5 / eps.numel() ** 0.5)
+    near(eps.var(), 1, 5 * (2 / eps.numel()) ** 0.5)
+    assert len(eps.flatten(1).unique(dim=0)) == 300
+
+def quiet_train(*args, **kwargs):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return ddpm.train(*args, **kwargs)
+
+def test_ddpm_training_learns():
+    """On one image, 200 steps of a tiny network halve its loss, and the averaged network profits."""
+    images = ddpm.draw_digits(4, 8)[3:].repeat(4, 1, 1, 1)
+    with workdir() as here:
+        average = quiet_train(images, iters=200, batch=8, width=8, path=here / "model.pt")
+        first, last = (float(row.split(",")[1]) for row in (here / "log.csv").read_text().split()[1:])
+    assert last < 0.7 * first, (first, last)
+    s, t = ddpm.make_schedule().to("cpu"), torch.arange(5, 1000, 10)
+    x_0, eps = ddpm.to_float(images[:1]).repeat(100, 1, 1, 1), normal(100, 1, 8, 8).float()
+    assert ddpm.loss_simple(average, x_0, t, eps, s).mean() < 0.5  # answering 0 has 1
+
+def test_ddpm_average_of_the_weights():
+    """The average lies among the weights that training passed, near the last at first, with more memory later."""
+    images, real = ddpm.draw_digits(8, 8), ddpm.loss_simple
+    flat = lambda parameters: torch.cat([p.detach().flatten() for p in parameters]).double()
+    for iters in 1, 20:
+        passed = []
+
+        def loss(model, *args, passed=passed):
+            passed.append(flat(model.parameters()))
+            return real(model, *args)
+
+        with workdir() as here, mock.patch.object(ddpm, "loss_simple", loss):
+            average = quiet_train(images, iters=iters, batch=2, width=8, path=here / "model.pt")
+            last = torch.load(here / "model.pt", weights_only=True)["parts"][0]
+            loaded = ddpm.load(here / "model.pt")
+        same(average.state_dict(), loaded.state_dict())
+        steps = torch.stack([*passed, flat(last[name] for name, _ in average.named_parameters())])
+        a = flat(average.parameters())
+        assert (steps.amin(0) - 1e-6 < a).all() and (a < steps.amax(0) + 1e-6).all()  # float32
+        assert 0 < (a - steps[-1]).norm() < 0.5 * (a - steps[0]).norm()  # the beginning is soon forgotten
+    assert (a - steps[-1]).norm() > 2 * (steps[-1] - steps[-2]).norm()  # by now it lags some steps behind
+
+def test_ddpm_seed():
+    """The same seed trains the same bits, another seed others."""
+    images = ddpm.draw_digits(8, 8)
+    one, same, other = (quiet_train(images, iters=3, batch=2, width=8, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+
+def test_ddpm_sample():
+    """sample() draws all it was asked for, chunk by chunk, from the whole schedule, the same for the same seed."""
+    x_0, s, asked = normal(1, 2, 2).float().clamp(-1, 1), ddpm.make_schedule().to("cpu"), []
+
+    def draw(model, **flags):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return ddpm.sample(model, (5, 1, 2, 2), chunk=2, **flags)
+
+    model = lambda x, t: asked.append(len(x)) or oracle(x_0, s)(x, t)
+    near(draw(model), x_0.expand(5, 1, 2, 2), 1e-4)  # float32
+    assert asked == [2] * 2000 + [1] * 1000
+    zero = lambda x, t: torch.zeros_like(x)
+    one = draw(zero, clip=False)
+    assert torch.equal(one, draw(zero, clip=False)) and not torch.equal(one, draw(zero, clip=False, seed=1))
+    assert len(one.flatten(1).unique(dim=0)) == 5 and one.abs().max() > 1 and draw(zero).abs().max() <= 1
+    assert not torch.equal(one, draw(zero, clip=False, variance="small"))
+
+# --------------------------------------------------------------------------------------------------------- runner -----
+def main(words):
+    """Runs the tests whose name contains one of the words, all without words -> the exit status."""
+    tests = {name: test for name, test in globals().items() if name.startswith("test_") and callable(test)}
+    tests = {name: test for name, test in tests.items() if not words or any(word in name for word in words)}
+    counts = collections.Counter()
+    for name, test in tests.items():
+        start = time.perf_counter()
+        try:
+            test()
+            result = "passed"
+        except unittest.SkipTest as e:
+            result = f"skipped: {e}"
+        except (Exception, SystemExit):
+            traceback.print_exc()
+            result = "failed"
+        counts[result.split(":")[0]] += 1
+        print(f"{time.perf_counter() - start:6.2f} s  {name} {result}", flush=True)
+    skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+    print(f"{counts['passed']} passed, {counts['failed']} failed{skipped}")
+    return int(counts["failed"] > 0 or not tests)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
