@@ -436,7 +436,7 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=6000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=5000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
     """uint8 images (N, C, H, H) -> the averaged model, ready to sample. Seeds torch's global generator.
 

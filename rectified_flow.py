@@ -41,8 +41,10 @@ and trains on (2) again. These lines hardly cross, so the new flow is straighter
 
 Trip wires: not diffusion's time: t grows towards the picture. Noise is randn, time is rand. The network sees the point
 where it is, z at t, never Z_0 again. Reflow needs the noise that made each image, not new noise.
-Differs from the paper in: t is the logistic function of a normal (Esser et al. 2024, arXiv:2403.03206), not uniform,
-which leaves (3) as it is and spends the effort in the middle, where the picture is decided; the small network.
+Differs from the paper in: t is not uniform but the logistic function of a normal (Esser et al. 2024, arXiv:2403.03206),
+which spends the effort in the middle, where the picture is decided, and in a reflow the square of a uniform number,
+near 0, where a single step looks; either leaves (3) as it is. A small network; the memory of the average of the weights
+starts short; the learning rate falls to zero.
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
 import urllib.request, zlib
@@ -407,7 +409,7 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=6000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=5000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
           compiled=False, start=None, pairs=20000, pair_steps=25):
     """uint8 images (N, C, H, H) -> the averaged model, ready to sample. Seeds torch's global generator.
 
@@ -439,7 +441,8 @@ def train(images, iters=6000, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
         x_1 = images[index] if start is not None else images[index].float() / 127.5 - 1
         x_0 = noise[index] if start is not None else torch.randn_like(x_1)
         t = (torch.rand(1, device=device) + torch.arange(batch, device=device) / batch) % 1  # even over the batch
-        loss = loss_flow(net, x_0, x_1, torch.special.ndtri(t).sigmoid())
+        t = torch.special.ndtri(t).sigmoid() if start is None else t**2  # the middle decides; after reflow, the start
+        loss = loss_flow(net, x_0, x_1, t)
         opt.zero_grad()
         loss.backward()
         opt.step()
