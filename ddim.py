@@ -24,25 +24,28 @@ How x_p and x_t hang together given x_0 is free, and so is the choice of p. For 
   (3) q(x_p | x_t, x_0) = N(sqrt(alpha_bar_p) x_0 + sqrt(1 - alpha_bar_p - sigma^2) eps, sigma^2 I)                  [7]
       with eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t), the noise that is in x_t.
 If x_t obeys (1), eps is N(0, I), the variances add up to (1 - alpha_bar_p - sigma^2) + sigma^2, and x_p obeys (1) too
-[Lemma 1]. So all these processes share (1), and their bounds are (2) with some gamma [Theorem 1]: one network will do.
+[Lemma 1]. So all these processes share (1), and if sigma > 0 their bounds are (2) with some gamma, plus a constant
+[Theorem 1]. A network that fits every t has the same optimum for every gamma: one will do.
 Sampling puts the network's guess of x_0 in the place of x_0:
   (4) x_0 ~ (x_t - sqrt(1 - alpha_bar_t) eps_theta(x_t, t)) / sqrt(alpha_bar_t)                                      [9]
   (5) x_p = sqrt(alpha_bar_p) x_0 + sqrt(1 - alpha_bar_p - sigma^2) eps + sigma z,  z ~ N(0, I)                     [12]
   (6) sigma = eta sqrt((1 - alpha_bar_p) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_p)                   [16]
-eta = 1 and p = t - 1 make sigma^2 the posterior variance beta~_t and (3) the posterior: that is DDPM. eta = 0 adds no
-noise at all, so the picture is a function of x_T. The steps visited, ceil rounding up, i = 1 .. S, 1 <= S <= T:
+eta = 1 and p = t - 1 make sigma^2 the posterior variance beta~_t and (3) the posterior: that is DDPM with the small
+variance. eta = 0 adds no noise: the picture is a function of x_T. The steps visited, ceil rounding up, i = 1 .. S:
   (7) tau_i = ceil(T i / S) - 1 (linear) or max(ceil(T i^2 / S^2), i) - 1 (quad); after tau_1 comes alpha_bar = 1
 With eta = 0 divide (5) by sqrt(alpha_bar_p): x / sqrt(alpha_bar) moves by eps times the change of the noise-to-signal
 ratio. It is Euler's method for an ODE [14], which also runs upwards: from a picture to the x_T that makes it,
-  (8) x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps_theta(x_p, p), x_0 from (4) at x_p; p = 0 for the picture
+  (8) x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps_theta(x_p, p), x_0 from (4) at x_p; at the picture itself
+      x_0 is the picture, and the network, which knows no step before 0, is asked at step 0
 Between two latents one walks on the sphere where Gaussian noise lives, theta the angle between x and y:
-  (9) slerp(x, y, a) = sin((1 - a) theta) / sin(theta) x + sin(a theta) / sin(theta) y                              [67]
+  (9) slerp(x, y, a) = sin((1 - a) theta) / sin(theta) x + sin(a theta) / sin(theta) y                        [appendix]
 
 Trip wires: a step goes from t to p, and alpha_bar_p of the last one is 1, not alpha_bar_0. tau starts at T-1 whatever S
 is. When x_0 is cut to -1 .. 1 (as in the authors' sampler for DDPM) eps in (5) follows from the cut x_0.
-Differs from the paper in: tau ends on T-1 (its code rounds down, so S = 50 starts at 980); a small network; small t are
-drawn more often in training, with weights that leave the mean (2) as it is; the memory of the average of the weights
-starts short; the learning rate falls to zero.
+Differs from the paper in: tau ends on T-1 (its code counts up from 0: S = 50 starts at 980, quad always at 800); x_0 is
+cut unless clip=False (its DDIM sampler does not); a small network; small t are drawn more often in training, with
+weights that leave the mean (2) as it is; the average of the weights remembers little at first; the learning rate falls
+to zero.
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
 import urllib.request, zlib
@@ -59,18 +62,22 @@ def make_alpha_bar(T=1000, beta_1=1e-4, beta_T=0.02):
     """DDPM's linear schedule: alpha_bar, (T,) float64."""
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), 0)
 
-def loss_gamma(model, x_0, t, eps, alpha_bar):
-    """The squared error of each image, the mean over its pixels -> (N,). t: (N,) ints on the CPU, as alpha_bar is."""
-    a = alpha_bar[t].view(-1, 1, 1, 1)
-    x_t = a.sqrt().to(x_0) * x_0 + (1 - a).sqrt().to(x_0) * eps  # (1)
-    return (model(x_t, t.to(x_0.device)) - eps).square().flatten(1).mean(1)  # (2)
+def noise_tables(alpha_bar, device="cpu"):
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), (T,) each, made in float64 and used as float32."""
+    return alpha_bar.sqrt().float().to(device), (1 - alpha_bar).sqrt().float().to(device)
+
+def loss_gamma(model, x_0, t, eps, tables):
+    """The squared error of each image, the mean over its pixels -> (N,). t: (N,) ints; tables: of noise_tables()."""
+    signal, noise = (table[t].view(-1, *[1] * (x_0.dim() - 1)) for table in tables)
+    x_t = signal * x_0 + noise * eps  # (1)
+    return (model(x_t, t) - eps).square().flatten(1).mean(1)  # (2)
 
 def draw_t(n, T, device="cpu"):
     """n steps, spread evenly, small t more often, and weights: E[weight f(t)] is the mean of f over 0 .. T-1."""
     a, b = 20**0.5, (T + 20) ** 0.5  # P(t) = (sqrt(t + 21) - sqrt(t + 20)) / (b - a)
     u = (torch.rand(1, device=device) + torch.arange(n, device=device) / n) % 1
     t = ((a + u * (b - a)) ** 2 - 20).long().clamp(0, T - 1)
-    return t, (b - a) / (T * ((t + 21).sqrt() - (t + 20).sqrt()))
+    return t, (b - a) / T * ((t + 21).sqrt() + (t + 20).sqrt())
 
 def make_tau(T, S, spacing="linear"):
     """The steps to visit, as (t, p) pairs from the noisiest on: S of them, the last p is -1, for no noise."""
@@ -82,19 +89,19 @@ def make_tau(T, S, spacing="linear"):
         tau = [max(-(-T * i * i // (S * S)), i) - 1 for i in range(1, S + 1)]  # (7)
     return list(zip(tau[::-1], tau[-2::-1] + [-1]))
 
-def signal(alpha_bar, t):
+def level(alpha_bar, t):
     """alpha_bar_t as a float; 1 for t = -1."""
     return alpha_bar[t].item() if t >= 0 else 1.0
 
 def predict_x_0(model, x_t, t, alpha_bar):
     """The network's guesses of x_0 and eps at x_t, for an int t."""
-    a = signal(alpha_bar, t)
+    a = level(alpha_bar, t)
     eps_theta = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
     return (x_t - (1 - a) ** 0.5 * eps_theta) / a**0.5, eps_theta  # (4)
 
 def step(model, x_t, t, p, alpha_bar, eta=0.0, z=None, clip=True):
     """x_p from x_t, for ints t > p >= -1. z: normal, like x_t, needed only if eta > 0."""
-    a_t, a_p = signal(alpha_bar, t), signal(alpha_bar, p)
+    a_t, a_p = level(alpha_bar, t), level(alpha_bar, p)
     x_0, eps = predict_x_0(model, x_t, t, alpha_bar)
     if clip:
         x_0 = x_0.clamp(-1, 1)
@@ -105,7 +112,9 @@ def step(model, x_t, t, p, alpha_bar, eta=0.0, z=None, clip=True):
 
 @torch.inference_mode()
 def decode(model, x_T, alpha_bar, S=50, eta=0.0, spacing="linear", clip=True, generator=None):
-    """x_T -> (N, C, H, W) pictures in S steps. With eta = 0 nothing is drawn, and x_T alone decides."""
+    """x_T -> pictures, (N, C, H, W), in S steps. With eta = 0 nothing is drawn, and x_T alone decides.
+
+    What comes out is an inference tensor, here and in encode: .clone() it before training on it."""
     x = x_T
     for t, p in make_tau(len(alpha_bar), S, spacing):
         z = torch.randn(x.shape, generator=generator, device=x.device) if eta else None
@@ -118,12 +127,14 @@ def encode(model, x_0, alpha_bar, S=50, spacing="linear"):
     x = x_0
     for t, p in make_tau(len(alpha_bar), S, spacing)[::-1]:
         x_0, eps = predict_x_0(model, x, p, alpha_bar) if p >= 0 else (x, predict_x_0(model, x, 0, alpha_bar)[1])
-        x = signal(alpha_bar, t) ** 0.5 * x_0 + (1 - signal(alpha_bar, t)) ** 0.5 * eps  # (8)
+        x = level(alpha_bar, t) ** 0.5 * x_0 + (1 - level(alpha_bar, t)) ** 0.5 * eps  # (8)
     return x
 
 def slerp(x, y, a):
     """From x (a = 0) to y (a = 1), both (C, H, W), along the great circle."""
-    theta = torch.arccos((x * y).sum() / (x.norm() * y.norm()))
+    theta = torch.arccos(((x * y).sum() / (x.norm() * y.norm())).clamp(-1, 1))
+    if theta.sin() < 1e-4:  # one direction, or two opposite ones, between which no great circle is the shortest
+        return torch.lerp(x, y, a)
     return (torch.sin((1 - a) * theta) * x + torch.sin(a * theta) * y) / torch.sin(theta)  # (9)
 
 # -------------------------------------------------------------------------------------------------------- network -----
@@ -169,7 +180,7 @@ class UNet(nn.Module):
     def forward(self, x, t):
         angle = t[:, None] * self.omega
         e = self.time(torch.cat([angle.sin(), angle.cos()], 1))  # (N, 4 w)
-        h = self.enter(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))  # (N, w, size/2, size/2)
+        h = self.enter(F.pixel_unshuffle(x, 2))  # (N, w, size/2, size/2)
         for block in self.left:
             h = block(h, e)
         kept, h = h, self.down(h)  # (N, w, size/2, size/2), (N, 2 w, size/4, size/4)
@@ -403,6 +414,10 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def layout(device):
+    """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
 def pick_device(name):
     """ValueError if this machine does not have it."""
     if name == "auto":
@@ -414,28 +429,31 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=5000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
-    """uint8 images (N, C, H, H) -> the averaged model, ready to sample. Seeds torch's global generator.
+    """uint8 images (N, C, H, H) on the CPU -> the averaged model, ready to sample. Seeds torch's global generator.
 
     path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
     FloatingPointError if the loss is not finite (what was saved last stays)."""
     wanted = dict(channels=images.shape[1], size=images.shape[2], width=width, iters=iters, batch=batch, lr=lr,
                   seed=seed, images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
     torch.manual_seed(seed)
-    model = UNet(images.shape[1], images.shape[2], width).to(device, memory_format=torch.channels_last)
+    model = UNet(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
     average = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
     parts, done, log = (model, average, opt), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["ddim"], device, wanted))
-    net, alpha_bar, images = torch.compile(model) if compiled else model, make_alpha_bar(), images.to(device)
+    net, images = torch.compile(model) if compiled else model, images.to(device)
+    tables = noise_tables(make_alpha_bar(), device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
         x_0 = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
-        t, weight = draw_t(batch, len(alpha_bar))
-        loss = (weight.to(device) * loss_gamma(net, x_0, t, torch.randn_like(x_0), alpha_bar)).mean()
+        t, weight = draw_t(batch, len(tables[0]), device)
+        loss = (weight * loss_gamma(net, x_0, t, torch.randn_like(x_0), tables)).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -459,7 +477,7 @@ def load(path, device="cpu"):
     state = load_checkpoint(Path(path), ["ddim", "ddpm"], device)
     model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")))
     fill(path, [model], state["parts"][1:])
-    return model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 def sample(model, shape, S=50, eta=0.0, spacing="linear", clip=True, seed=0, device="cpu", chunk=100):
     """Images of the shape (N, C, H, W), values about -1 .. 1, drawn chunk by chunk in S steps each."""
@@ -502,6 +520,7 @@ def main(argv=None):
             model = load(path, device)
         start = time.perf_counter()
         x = sample(model, (args.samples, *model.shape), args.steps, args.eta, args.spacing, True, args.seed, device)
+        x = x.cpu()  # this, like every .cpu() here, waits for the device
         rate = args.samples / (time.perf_counter() - start)
         save_samples(args.out, x)
 
@@ -521,7 +540,7 @@ def main(argv=None):
         rows = []
         for S in args.compare:
             start = time.perf_counter()
-            rows.append(decode(model, x_T, alpha_bar, S, 0.0, args.spacing).cpu())  # .cpu() waits for the device
+            rows.append(decode(model, x_T, alpha_bar, S, 0.0, args.spacing).cpu())
             seconds = time.perf_counter() - start
             print(f"{S:5} steps: {seconds:8.2f} s for {len(x_T)} images, {len(x_T) / seconds:9.1f} images/s")
         if rows:

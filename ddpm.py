@@ -9,7 +9,7 @@ Paper: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, arXiv
 
 symbol         in the code    what it is
 x_0            x_0            images, (N, C, H, W), -1 .. 1: the byte k is 2 k / 255 - 1
-x_t            x_t            the same images after t steps of noise; x_T is noise and nothing else
+x_t            x_t            the same images after t steps of noise; x_T is all but pure noise
 t              t              the step, an int or (N,) ints: 0 .. T-1 in the code for the paper's 1 .. T
 beta_t         s.beta         variance that step t adds, (T,), 1e-4 to 0.02 in a straight line; alpha_t = 1 - beta_t
 alpha_bar_t    s.alpha_bar    alpha_1 alpha_2 ... alpha_t, what is left of x_0's variance: (T,), from 0.9999 to 4e-5
@@ -34,17 +34,17 @@ so mu_theta should be near mu~_t. It is mu~_t with a guess of x_0, and that foll
   (6) x_0 ~ (x_t - sqrt(1 - alpha_bar_t) eps_theta(x_t, t)) / sqrt(alpha_bar_t);   mu_theta = mu~_t(x_t, that x_0)  [11]
 So L_{t-1} = constant + w_t E ||eps - eps_theta||^2 with w_t = beta_t^2/(2 sigma_t^2 alpha_t (1 - alpha_bar_t)) [12].
 w_t is largest for the faintest noise, which matters least to the eye. Without it:
-  (7) L_simple = E_{t, x_0, eps} || eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t) ||^2      [14]
+  (7) L_simple = E_{t, x_0, eps} || eps - eps_theta(x_t, t) ||^2 with x_t from (2) and t even over 1 .. T           [14]
 Sampling starts at x_T ~ N(0, I) and goes back, t = T .. 1; the last step adds no noise, for nothing takes it out again:
   (8) x_{t-1} = mu_theta(x_t, t) + sigma_t z,  z ~ N(0, I) for t > 1, z = 0 for t = 1                      [Algorithm 2]
 To end the bound with the probability of a picture made of bytes, the last Gaussian is summed over each byte's bin:
   (9) log p(x_0|x_1) = sum_pixels log(Phi((x_0 + 1/255 - mu_theta) / sigma_1) - Phi((x_0 - 1/255 - mu_theta) / sigma_1))
-      where the bins of bytes 0 and 255 reach to infinity, and sigma_1^2 = beta~_2, since beta~_1 = 0               [13]
+      where the bins of bytes 0 and 255 reach to infinity, and sigma_1^2 is beta~_2, as in their code  [13]
 
 Trip wires: time runs 0 = picture, T = noise. beta is a variance, not a deviation. alpha_bar, not alpha, stands in (2).
 The guess of x_0 is cut to -1 .. 1 inside (6), as in the authors' code; clip=False does not. Bits/dim = nats / (D ln 2).
 Differs from the paper in: a small network without dropout or attention; small t are drawn more often, with weights that
-leave the mean (7) as it is and lower its variance; the memory of the average of the weights starts short; the learning
+leave the mean (7) as it is and lower its variance; the average of the weights remembers little at first; the learning
 rate falls to zero.
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
@@ -73,6 +73,7 @@ class Schedule(NamedTuple):
         return Schedule(*(table.float().to(device) for table in self))
 
 def make_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
+    """The paper's linear schedule in float64; .to(device) gives the float32 tables that the functions below take."""
     beta = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - beta, 0)  # t times (1)
     before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)  # alpha_bar_{t-1}, which is 1 before the first step
@@ -98,7 +99,7 @@ def draw_t(n, T, device="cpu"):
     a, b = 20**0.5, (T + 20) ** 0.5  # P(t) = (sqrt(t + 21) - sqrt(t + 20)) / (b - a)
     u = (torch.rand(1, device=device) + torch.arange(n, device=device) / n) % 1
     t = ((a + u * (b - a)) ** 2 - 20).long().clamp(0, T - 1)
-    return t, (b - a) / (T * ((t + 21).sqrt() - (t + 20).sqrt()))
+    return t, (b - a) / T * ((t + 21).sqrt() + (t + 20).sqrt())
 
 def q_mean(x_0, x_t, t, s):
     """mu~_t, the mean of the posterior."""
@@ -117,7 +118,9 @@ def p_step(model, x_t, t, z, s, variance="large", clip=True):
 
 @torch.inference_mode()
 def reverse(model, x_T, s, variance="large", clip=True, generator=None):
-    """Yields (t, x_{t-1}) for t = T-1 .. 0 as the code counts; the last x is x_0."""
+    """Yields (t, x) for t = T-1 .. 0: x is the paper's x_t, t steps of noise are left in it, and the last is x_0.
+
+    They are inference tensors: .clone() one before training on it."""
     x_t = x_T
     for t in reversed(range(len(s.beta))):
         x_t = p_step(model, x_t, t, torch.randn(x_T.shape, generator=generator, device=x_T.device), s, variance, clip)
@@ -129,10 +132,13 @@ def gauss_kl(mean, var, mean_theta, var_theta):
     return 0.5 * nats.flatten(1).sum(1)  # (5)
 
 def log_decoder(x_0, mean, sigma):
-    """log p(x_0 | x_1) in nats for pixels that are bytes -> (N,)."""
-    upper = torch.where(x_0 > 0.999, 1.0, torch.special.ndtr((x_0 + 1 / 255 - mean) / sigma))
-    lower = torch.where(x_0 < -0.999, 0.0, torch.special.ndtr((x_0 - 1 / 255 - mean) / sigma))
-    return (upper - lower).clamp(min=1e-12).log().flatten(1).sum(1)  # (9)
+    """log p(x_0 | x_1) in nats for pixels that are bytes -> (N,). In float64, for float32 loses the tails."""
+    x, mean, sigma = (v.cpu().double() for v in (x_0, mean, sigma))
+    low = torch.where(x < -0.999, -math.inf, (x - 1 / 255 - mean) / sigma)
+    high = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) / sigma)
+    low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)  # precise on the left
+    mass = (torch.erfc(-high * 0.5**0.5) - torch.erfc(-low * 0.5**0.5)) / 2  # Phi(high) - Phi(low)
+    return mass.clamp(min=1e-300).log().flatten(1).sum(1).float().to(x_0.device)  # (9)
 
 @torch.inference_mode()
 def bound(model, x_0, s, variance="large", clip=True, generator=None):
@@ -143,7 +149,7 @@ def bound(model, x_0, s, variance="large", clip=True, generator=None):
         x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=generator, device=x_0.device), s)
         mean = p_mean(model, x_t, t, s, clip)
         if t == 0:
-            bits[:, 2] -= log_decoder(x_0, mean, s.beta_tilde[1].sqrt())  # (9)
+            bits[:, 2] -= log_decoder(x_0, mean, s.beta_tilde[1].sqrt())  # (4) (9)
         else:
             bits[:, 1] += gauss_kl(q_mean(x_0, x_t, t, s), s.beta_tilde[t], mean, sigma_2[t])  # (4)
     return bits / (x_0[0].numel() * math.log(2))
@@ -191,7 +197,7 @@ class UNet(nn.Module):
     def forward(self, x, t):
         angle = t[:, None] * self.omega
         e = self.time(torch.cat([angle.sin(), angle.cos()], 1))  # (N, 4 w)
-        h = self.enter(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))  # (N, w, size/2, size/2)
+        h = self.enter(F.pixel_unshuffle(x, 2))  # (N, w, size/2, size/2)
         for block in self.left:
             h = block(h, e)
         kept, h = h, self.down(h)  # (N, w, size/2, size/2), (N, 2 w, size/4, size/4)
@@ -425,6 +431,10 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def layout(device):
+    """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
 def pick_device(name):
     """ValueError if this machine does not have it."""
     if name == "auto":
@@ -436,16 +446,18 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=5000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
-    """uint8 images (N, C, H, H) -> the averaged model, ready to sample. Seeds torch's global generator.
+    """uint8 images (N, C, H, H) on the CPU -> the averaged model, ready to sample. Seeds torch's global generator.
 
     path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
     FloatingPointError if the loss is not finite (what was saved last stays)."""
     wanted = dict(channels=images.shape[1], size=images.shape[2], width=width, iters=iters, batch=batch, lr=lr,
                   seed=seed, images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
     torch.manual_seed(seed)
-    model = UNet(images.shape[1], images.shape[2], width).to(device, memory_format=torch.channels_last)
+    model = UNet(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
     average = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
     parts, done, log = (model, average, opt), 0, []
@@ -481,7 +493,7 @@ def load(path, device="cpu"):
     state = load_checkpoint(Path(path), ["ddpm"], device)
     model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")))
     fill(path, [model], state["parts"][1:])
-    return model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 def sample(model, shape, variance="large", clip=True, seed=0, device="cpu", chunk=100):
     """Images of the shape (N, C, H, W), values about -1 .. 1, drawn chunk by chunk."""
@@ -510,7 +522,7 @@ def main(argv=None):
         save_samples(args.out, sample(model, (args.samples, *model.shape), args.variance, True, args.seed, device))
         generator = torch.Generator(device).manual_seed(args.seed)
         x_T = torch.randn(8, *model.shape, generator=generator, device=device)
-        steps = [x for t, x in reverse(model, x_T, s, args.variance, True, generator)][::-1]  # steps[t] is x_t
+        steps = [x for t, x in reverse(model, x_T, s, args.variance, True, generator)][::-1]  # [t] is the paper's x_t
         strip = [x_T] + [steps[t] for t in (800, 600, 400, 300, 200, 150, 100, 50, 0)]
         save_grid(args.out / "strip.png", torch.stack(strip, 1).flatten(0, 1), len(strip))
         if args.bound:

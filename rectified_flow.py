@@ -22,29 +22,31 @@ Draw X_0 and X_1, at first independently, and a line between them; regress its d
 The best answer to a least-squares question is the conditional mean, so where lines cross the answer is their average:
   (3) v(x, t) = E[X_1 - X_0 | X_t = x]                                                                               [2]
   (4) dZ_t = v(Z_t, t) dt,  Z_0 = X_0                                                                                [1]
-Why Z_1 is distributed like X_1 though its path is another. For any smooth h, by the chain rule, (1) and then (3),
+Why Z_1 is distributed like X_1 on other paths. For smooth h of bounded support, by the chain rule, (1) and then (3),
       d/dt E h(X_t) = E[grad h(X_t) . (X_1 - X_0)] = E[grad h(X_t) . v(X_t, t)].
-That is how expectations evolve when points move with velocity v; Z_t moves so and starts alike, so at each t it has the
-law of X_t [Theorem 3.3]. Z's paths cannot cross where v is unique, so they are not the lines: the flow rewires them.
+That is how expectations evolve when points move with velocity v; Z_t moves so and starts alike, so, if (4) has just one
+solution from each start, Z_t has at each t the law of X_t [Theorem 3.3]. Then the paths of Z cannot cross as the lines
+do: the flow rewires them.
 To draw, solve (4): with N equal steps of Euler,
   (5) z <- z + v(z, t) / N,  t = 0, 1/N, ..., (N - 1)/N
 or with steps chosen by the embedded pair of Dormand and Prince (1980), orders 5 and 4, as the paper's headline does:
   (6) k_i = v(z + h sum_j a_ij k_j, t + c_i h), i = 1 .. 7;  z <- z + h sum_i b_i k_i;  error = h sum_i e_i k_i
-      accepted if its root mean square in units of tol (1 + |z|) is r <= 1; then or else, h <- 0.9 h r^(-1/5).
+      accepted if r, its root mean square in units of tol (1 + max(|z| before, |z| after)), is at most 1; accepted or
+      not, h <- h min(5, max(0.2, 0.9 r^(-1/5))).
 A path is straight when its velocity never differs from the whole way it goes:
   (7) S = integral over t of E || (Z_1 - Z_0) - v(Z_t, t) ||^2                                                       [3]
 If S = 0, (5) is exact for N = 1. With Euler's points Z_1 - Z_0 is the mean of the velocities and S their variance.
 Independent X_0 and X_1 give crossing lines, averaged directions, curved paths, and a blur after one step. Reflow takes
   (8) (X_0, X_1) <- (Z_0, Z_1), noise and the image that the flow makes of it,
-and trains on (2) again. These lines hardly cross, so the new flow is straighter, and no transport cost grows [Theorem
-3.5]; the same marginals hold by the argument above, as well as the first flow kept them.
+and trains on (2) again. These lines hardly cross, so the new flow is straighter, and no convex cost
+E c(X_1 - X_0) grows [Theorem 3.5]; the same marginals hold by the argument above, as well as the first flow kept them.
 
 Trip wires: not diffusion's time: t grows towards the picture. Noise is randn, time is rand. The network sees the point
 where it is, z at t, never Z_0 again. Reflow needs the noise that made each image, not new noise.
 Differs from the paper in: t is not uniform but the logistic function of a normal (Esser et al. 2024, arXiv:2403.03206),
 which spends the effort in the middle, where the picture is decided, and in a reflow the square of a uniform number,
-near 0, where a single step looks; either leaves (3) as it is. A small network; the memory of the average of the weights
-starts short; the learning rate falls to zero.
+near 0, where a single step looks; either leaves (3) as it is. No distillation; a small network; the average of the
+weights remembers little at first; the learning rate falls to zero.
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
 import urllib.request, zlib
@@ -72,7 +74,9 @@ def velocity(model, z, t):
 
 @torch.inference_mode()
 def euler(model, z, steps):
-    """z at t = 0 -> (z at t = 1, the straightness S of (7) for each image, (N,))."""
+    """z at t = 0 -> (z at t = 1, the straightness S of (7) for each image, (N,)).
+
+    What comes out are inference tensors, here and in rk45: .clone() them before training on them."""
     mean, square = torch.zeros_like(z), torch.zeros(len(z), device=z.device)
     for i in range(steps):
         v = velocity(model, z, i / steps)
@@ -92,7 +96,9 @@ ERROR_WEIGHTS = 71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525
 
 @torch.inference_mode()
 def rk45(model, z, tol=1e-3):
-    """z at t = 0 -> (z at t = 1, evaluations of the model). The step is shared by the images of z."""
+    """z at t = 0 -> (z at t = 1, evaluations of the model). The images of z share their steps.
+
+    FloatingPointError if no step is small enough."""
     t, h, k = 0.0, 0.05, [velocity(model, z, 0.0)]
     calls = 1
     while t < 1:
@@ -107,6 +113,8 @@ def rk45(model, z, tol=1e-3):
             t, z, k = t + h if t + h < 1 - 1e-9 else 1.0, z_new, k[-1:]
         else:
             k = k[:1]
+        if not h > 1e-7:
+            raise FloatingPointError(f"rk45 at t = {t:.4f}: no step is small enough for tol {tol}, or the model is NaN")
         h *= min(5.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))  # (6)
     return z, calls
 
@@ -164,7 +172,7 @@ class UNet(nn.Module):
     def forward(self, x, t):
         angle = t[:, None] * self.omega
         e = self.time(torch.cat([angle.sin(), angle.cos()], 1))  # (N, 4 w)
-        h = self.enter(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))  # (N, w, size/2, size/2)
+        h = self.enter(F.pixel_unshuffle(x, 2))  # (N, w, size/2, size/2)
         for block in self.left:
             h = block(h, e)
         kept, h = h, self.down(h)  # (N, w, size/2, size/2), (N, 2 w, size/4, size/4)
@@ -398,6 +406,10 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def layout(device):
+    """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
 def pick_device(name):
     """ValueError if this machine does not have it."""
     if name == "auto":
@@ -409,12 +421,12 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=5000, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False,
           compiled=False, start=None, pairs=20000, pair_steps=25):
-    """uint8 images (N, C, H, H) -> the averaged model, ready to sample. Seeds torch's global generator.
+    """uint8 images (N, C, H, H) on the CPU -> the averaged model, ready to sample. Seeds torch's global generator.
 
     With start, a flow, it is a reflow: the images are only looked at for their size, and training goes on from start
-    with as many pairs of noise and image as said, each drawn with pair_steps steps of start.
+    with as many pairs of noise and image as said, each drawn with pair_steps steps of start (again, if interrupted).
     path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
     FloatingPointError if the loss is not finite (what was saved last stays)."""
     source = images if start is None else torch.cat([p.flatten().cpu() for p in start.parameters()])
@@ -422,8 +434,10 @@ def train(images, iters=5000, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
                   seed=seed, images=hashlib.sha256(source.contiguous().numpy()).hexdigest()[:12])
     if start is not None:
         wanted |= dict(pairs=pairs, pair_steps=pair_steps)
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
     torch.manual_seed(seed)
-    model = UNet(images.shape[1], images.shape[2], width, t_max=1).to(device, memory_format=torch.channels_last)
+    model = UNet(images.shape[1], images.shape[2], width, t_max=1).to(device, memory_format=layout(device))
     if start is not None:
         model.load_state_dict(start.state_dict())
     average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -441,7 +455,7 @@ def train(images, iters=5000, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
         x_1 = images[index] if start is not None else images[index].float() / 127.5 - 1
         x_0 = noise[index] if start is not None else torch.randn_like(x_1)
         t = (torch.rand(1, device=device) + torch.arange(batch, device=device) / batch) % 1  # even over the batch
-        t = torch.special.ndtri(t).sigmoid() if start is None else t**2  # the middle decides; after reflow, the start
+        t = (2**0.5 * torch.erfinv(2 * t - 1)).sigmoid() if start is None else t**2  # logistic of a normal, or 0-heavy
         loss = loss_flow(net, x_0, x_1, t)
         opt.zero_grad()
         loss.backward()
@@ -466,7 +480,7 @@ def load(path, device="cpu"):
     state = load_checkpoint(Path(path), ["rectified_flow"], device)
     model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")), t_max=1)
     fill(path, [model], state["parts"][1:])
-    return model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 def sample(model, shape, steps=50, solver="euler", tol=1e-3, seed=0, device="cpu", chunk=100):
     """Images of the shape (N, C, H, W), values about -1 .. 1, and the evaluations of the model that each one took."""
