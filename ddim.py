@@ -329,7 +329,7 @@ def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        method, had = state["method"], state["settings"]
+        method, had, _ = state["method"], state["settings"], state["parts"][2]
     except OSError:
         raise
     except Exception as e:  # torch.load's own are many: zip, pickle, struct, runtime, key, type
@@ -345,7 +345,7 @@ def load_checkpoint(path, methods, device, wanted=()):
 def fill(path, parts, saved):
     """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
     try:
-        for part, state in zip(parts, saved):
+        for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as e:
         raise ValueError(f"{path}: of another network ({type(e).__name__}); --fresh trains anew over it") from None
@@ -476,7 +476,7 @@ def load(path, device="cpu"):
     """The averaged model of a checkpoint of ddim.py or ddpm.py; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["ddim", "ddpm"], device)
     model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")))
-    fill(path, [model], state["parts"][1:])
+    fill(path, [model], state["parts"][1:2])
     return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 def sample(model, shape, S=50, eta=0.0, spacing="linear", clip=True, seed=0, device="cpu", chunk=100):

@@ -138,7 +138,7 @@ def log_decoder(x_0, mean, sigma):
     high = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) / sigma)
     low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)  # precise on the left
     mass = (torch.erfc(-high * 0.5**0.5) - torch.erfc(-low * 0.5**0.5)) / 2  # Phi(high) - Phi(low)
-    return mass.clamp(min=1e-300).log().flatten(1).sum(1).float().to(x_0.device)  # (9)
+    return mass.clamp(min=1e-300).log().flatten(1).sum(1).to(x_0.dtype).to(x_0.device)  # (9)
 
 @torch.inference_mode()
 def bound(model, x_0, s, variance="large", clip=True, generator=None):
@@ -346,7 +346,7 @@ def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        method, had = state["method"], state["settings"]
+        method, had, _ = state["method"], state["settings"], state["parts"][2]
     except OSError:
         raise
     except Exception as e:  # torch.load's own are many: zip, pickle, struct, runtime, key, type
@@ -362,7 +362,7 @@ def load_checkpoint(path, methods, device, wanted=()):
 def fill(path, parts, saved):
     """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
     try:
-        for part, state in zip(parts, saved):
+        for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as e:
         raise ValueError(f"{path}: of another network ({type(e).__name__}); --fresh trains anew over it") from None
@@ -492,7 +492,7 @@ def load(path, device="cpu"):
     """The averaged model of a checkpoint, ready to sample; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["ddpm"], device)
     model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")))
-    fill(path, [model], state["parts"][1:])
+    fill(path, [model], state["parts"][1:2])
     return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 def sample(model, shape, variance="large", clip=True, seed=0, device="cpu", chunk=100):

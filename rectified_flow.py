@@ -113,8 +113,8 @@ def rk45(model, z, tol=1e-3):
             t, z, k = t + h if t + h < 1 - 1e-9 else 1.0, z_new, k[-1:]
         else:
             k = k[:1]
-        if not h > 1e-7:
-            raise FloatingPointError(f"rk45 at t = {t:.4f}: no step is small enough for tol {tol}, or the model is NaN")
+            if h < 1e-7:
+                raise FloatingPointError(f"rk45 at t = {t:.4f}: no step is small enough for tol {tol}, or NaN")
         h *= min(5.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))  # (6)
     return z, calls
 
@@ -321,7 +321,7 @@ def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        method, had = state["method"], state["settings"]
+        method, had, _ = state["method"], state["settings"], state["parts"][2]
     except OSError:
         raise
     except Exception as e:  # torch.load's own are many: zip, pickle, struct, runtime, key, type
@@ -337,7 +337,7 @@ def load_checkpoint(path, methods, device, wanted=()):
 def fill(path, parts, saved):
     """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
     try:
-        for part, state in zip(parts, saved):
+        for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as e:
         raise ValueError(f"{path}: of another network ({type(e).__name__}); --fresh trains anew over it") from None
@@ -479,7 +479,7 @@ def load(path, device="cpu"):
     """The averaged model of a checkpoint, ready to sample; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["rectified_flow"], device)
     model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")), t_max=1)
-    fill(path, [model], state["parts"][1:])
+    fill(path, [model], state["parts"][1:2])
     return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 def sample(model, shape, steps=50, solver="euler", tol=1e-3, seed=0, device="cpu", chunk=100):

@@ -7,8 +7,8 @@
 
 test_repo_* hold for every file that lies here, each file in a test of its own; test_ddpm_* and so on hold for one file.
 The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
-import argparse, ast, collections, contextlib, difflib, errno, functools, gzip, hashlib, http.server, importlib, io
-import itertools, math, os, re, shlex, subprocess, sys, tempfile, threading, time, tokenize, traceback
+import argparse, ast, collections, contextlib, difflib, errno, functools, gzip, hashlib, http.server, importlib
+import inspect, io, itertools, math, os, re, shlex, subprocess, sys, tempfile, threading, time, tokenize, traceback
 import types, unittest
 from pathlib import Path
 from unittest import mock
@@ -25,7 +25,7 @@ torch.set_num_threads(1)  # faster for networks as small as these
 NAMES = "gan vae nice realnvp pixelcnn cpc bpe word2vec rnn ddpm ddim rectified_flow checkpointing".split()
 SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(HERE.glob("*.py")) if path.stem != "test_all"}
 MODULES = {name: importlib.import_module(name) for name in SOURCES if name in NAMES}
-ddpm = MODULES["ddpm"]
+ddpm, ddim, flow = (MODULES[name] for name in ("ddpm", "ddim", "rectified_flow"))
 
 # ------------------------------------------------------------------------------------------------------- helpers -----
 def each(applies=lambda module: True):
@@ -77,6 +77,11 @@ def call(module, words):
             status = 1
             traceback.print_exc()
     return status, out.getvalue(), err.getvalue()
+
+def quiet(function, *args, **kwargs):
+    """What the function returns; what it prints goes nowhere."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*args, **kwargs)
 
 class Parsed(Exception):
     """Carries a parser out of main, together with what it made of the words."""
@@ -451,12 +456,14 @@ def test_repo_bad_values(module):
     bad = [("--iters", "0", "--iters"), ("--samples", "0", "--samples"), ("--batch", "0", "--batch"),
            ("--batch", "many", "--batch"), ("--lr", "fast", "--lr"), ("--device", "nonsense", "nonsense"),
            ("--device", "cuda" if not torch.cuda.is_available() else "cuda:99", "cuda"), ("--size", "0", "--size"),
-           ("--size", "30", "size 30"), ("--width", "12", "width 12"), ("--channels", "2", "--channels")]
+           ("--size", "30", "size 30"), ("--width", "12", "width 12"), ("--channels", "2", "--channels"),
+           ("--width", "0", "--width"), ("--bound", "-1", "--bound"), ("--seed", "x", "--seed")]
     with workdir() as here:
         flags = inputs(here)
         wrong = [refused(module, [*command(module, **flags), name, value], say, here)
                  for name, value, say in bad if name in options(module)]
-        wrong += [refused(module, [*command(module, **flags), "--no-such-flag"], "--no-such-flag", here)]
+        wrong += [refused(module, [*command(module, **flags), *words], words[0], here)
+                  for words in (["--no-such-flag"], ["--dat", "pics"], ["--fres"], ["more"])]  # nothing is abbreviated
     assert not any(wrong), "\n".join(filter(None, wrong))
 
 @each(has_images)
@@ -757,6 +764,15 @@ def constant(guess):
     """A network that answers `guess`, whatever it is asked."""
     return lambda x_t, t: guess.expand_as(x_t)
 
+class Watched(list):
+    """A network that keeps what it was asked, (x, t) a call."""
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x, t):
+        self.append((x, t.tolist()))
+        return self.model(x, t)
+
 def test_ddpm_chain_of_steps_is_the_closed_form():
     """(1), (2): one-step kernels, chained, have the mean and the variance of q_sample at every t, for several T."""
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
@@ -888,15 +904,10 @@ def test_ddpm_draw_t():
 
 def test_ddpm_oracle_sampler():
     """(8): a network that knows the only image there is leads there, by either variance, clipped or not, for any T."""
-    class Spy(list):
-        def __call__(self, x_t, t):
-            self.append((x_t, t.tolist()))
-            return know(x_t, t)
-
     x_0 = normal(1, 2, 2, 2, seed=5).clamp(-1, 1)
     for T, variance, clip, seed in itertools.product((1, 2, 50, 1000), ("large", "small"), (True, False), (0, 1)):
         s, generator = ddpm.make_schedule(T), torch.Generator().manual_seed(seed)
-        know, spy, x_T = oracle(x_0, s), Spy(), normal(3, 2, 2, 2, seed=seed)
+        spy, x_T = Watched(oracle(x_0, s)), normal(3, 2, 2, 2, seed=seed)
         states = [(None, x_T), *ddpm.reverse(spy, x_T, s, variance, clip, generator)]
         assert [t for t, _ in states[1:]] == [*reversed(range(T))] and len(spy) == T
         for (x_t, t), (_, current), (step, _) in zip(spy, states, states[1:]):
@@ -932,12 +943,18 @@ def test_ddpm_decoder():
     for mean, sigma in itertools.product((-1.3, -1.0, 0.0011, 0.7, 1.0), (0.004, 0.0073, 0.1, 0.5)):
         mean, sigma = torch.tensor(mean, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
         p = ddpm.log_decoder(bytes_, mean, sigma).exp()
-        near(p.sum(), 1, 1e-9)  # the floor of 1e-12 for each byte
+        near(p.sum(), 1, 1e-6)  # the answers are float32
         for k in (1, 40, 128, 216, 254):
             x = torch.linspace((2 * k - 1) / 255 - 1, (2 * k + 1) / 255 - 1, 2001, dtype=torch.float64)
             near(p[k], torch.trapezoid(D.Normal(mean, sigma).log_prob(x).exp(), x), 1e-6)  # a grid of 2001 points
         for k, tail in (0, (-254 / 255 - mean) / sigma), (255, (mean - 254 / 255) / sigma):
-            near(p[k], 0.5 * math.erfc(-tail / 2**0.5), 1e-9)
+            near(p[k], 0.5 * math.erfc(-tail / 2**0.5), 1e-6)
+    for far in 3.0, 8.0, 20.0, 35.0:  # deviations from the mean to the nearer edge of a bin that is half of one wide
+        near_edge, far_edge = (torch.special.log_ndtr(torch.tensor(-v, dtype=torch.float64)) for v in (far, far + 0.5))
+        want, sigma = near_edge + torch.log1p(-(far_edge - near_edge).exp()), torch.tensor(4 / 255, dtype=torch.float64)
+        for side in 1, -1:  # the same to the left and to the right, in float64 and in float32
+            for x in bytes_[100:101], bytes_[100:101].float():
+                near(ddpm.log_decoder(x, x + side * (1 / 255 + far * sigma), sigma), want, 1e-3, 1e-5)
     x_0 = ddpm.to_float(torch.randint(256, (6, 3, 4, 4), generator=torch.Generator().manual_seed(0)))
     sigma = ddpm.make_schedule().beta_tilde[1].sqrt().float()
     far = ddpm.log_decoder(x_0, x_0 + 50, sigma)
@@ -960,7 +977,7 @@ def test_ddpm_bound_of_an_oracle():
             near(bits[:, 1], extra[variance] / math.log(2), 1e-9)
             inside = math.erf(1 / 255 / (2 * s.beta_tilde[1].item()) ** 0.5)  # of a bin in the middle of the Gaussian
             nats = -(inside + (x_0.abs() == 1).double() * (1 - inside) / 2).log()  # black, white: a tail too
-            near(bits[:, 2], nats.mean((1, 2, 3)) / math.log(2), 1e-9)
+            near(bits[:, 2], nats.mean((1, 2, 3)) / math.log(2), 1e-6)  # float32
 
 def test_ddpm_bound_of_a_gaussian():
     """(4): for data N(0, I) a linear network and "large" are exact: L_T + L_1:T-1 = KL(q(x_1 | x_0) || N(0, I))."""
@@ -1038,8 +1055,8 @@ def test_ddpm_training_draws():
         seen.append((x_0, t, eps))
         return 0 * next(model.parameters()).sum()
 
-    with mock.patch.object(ddpm, "loss_simple", loss), contextlib.redirect_stdout(io.StringIO()):
-        ddpm.train(images, iters=300, batch=4, width=8)
+    with mock.patch.object(ddpm, "loss_simple", loss):
+        quiet(ddpm.train, images, iters=300, batch=4, width=8)
     x_0, t, eps = (torch.stack(v) for v in zip(*seen))  # (300, 4, ...)
     used, counts = x_0[..., 0, 0, 0].unique(return_counts=True)
     near(used, torch.arange(0, 200, 20) / 127.5 - 1, 1e-6)
@@ -1050,58 +1067,11 @@ def test_ddpm_training_draws():
     near(eps.var(), 1, 5 * (2 / eps.numel()) ** 0.5)
     assert len(eps.flatten(1).unique(dim=0)) == 300
 
-def quiet_train(*args, **kwargs):
-    with contextlib.redirect_stdout(io.StringIO()):
-        return ddpm.train(*args, **kwargs)
-
-def test_ddpm_training_learns():
-    """On one image, 200 steps of a tiny network halve its loss, and the averaged network profits."""
-    images = ddpm.draw_digits(4, 8)[3:].repeat(4, 1, 1, 1)
-    with workdir() as here:
-        average = quiet_train(images, iters=200, batch=8, width=8, path=here / "model.pt")
-        first, last = (float(row.split(",")[1]) for row in (here / "log.csv").read_text().split()[1:])
-    assert last < 0.7 * first, (first, last)
-    s, t = ddpm.make_schedule().to("cpu"), torch.arange(5, 1000, 10)
-    x_0, eps = ddpm.to_float(images[:1]).repeat(100, 1, 1, 1), normal(100, 1, 8, 8).float()
-    assert ddpm.loss_simple(average, x_0, t, eps, s).mean() < 0.5  # answering 0 has 1
-
-def test_ddpm_average_of_the_weights():
-    """The average lies among the weights that training passed, near the last at first, with more memory later."""
-    images, real = ddpm.draw_digits(8, 8), ddpm.loss_simple
-    flat = lambda parameters: torch.cat([p.detach().flatten() for p in parameters]).double()
-    for iters in 1, 20:
-        passed = []
-
-        def loss(model, *args, passed=passed):
-            passed.append(flat(model.parameters()))
-            return real(model, *args)
-
-        with workdir() as here, mock.patch.object(ddpm, "loss_simple", loss):
-            average = quiet_train(images, iters=iters, batch=2, width=8, path=here / "model.pt")
-            last = torch.load(here / "model.pt", weights_only=True)["parts"][0]
-            loaded = ddpm.load(here / "model.pt")
-        same(average.state_dict(), loaded.state_dict())
-        steps = torch.stack([*passed, flat(last[name] for name, _ in average.named_parameters())])
-        a = flat(average.parameters())
-        assert (steps.amin(0) - 1e-6 < a).all() and (a < steps.amax(0) + 1e-6).all()  # float32
-        assert 0 < (a - steps[-1]).norm() < 0.5 * (a - steps[0]).norm()  # the beginning is soon forgotten
-    assert (a - steps[-1]).norm() > 2 * (steps[-1] - steps[-2]).norm()  # by now it lags some steps behind
-
-def test_ddpm_seed():
-    """The same seed trains the same bits, another seed others."""
-    images = ddpm.draw_digits(8, 8)
-    one, same, other = (quiet_train(images, iters=3, batch=2, width=8, seed=seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not any(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
-
 def test_ddpm_sample():
     """sample() draws all it was asked for, chunk by chunk, from the whole schedule, the same for the same seed."""
     x_0, s, asked = normal(1, 2, 2).float().clamp(-1, 1), ddpm.make_schedule().to("cpu"), []
 
-    def draw(model, **flags):
-        with contextlib.redirect_stdout(io.StringIO()):
-            return ddpm.sample(model, (5, 1, 2, 2), chunk=2, **flags)
-
+    draw = lambda model, **flags: quiet(ddpm.sample, model, (5, 1, 2, 2), chunk=2, **flags)
     model = lambda x, t: asked.append(len(x)) or oracle(x_0, s)(x, t)
     near(draw(model), x_0.expand(5, 1, 2, 2), 1e-4)  # float32
     assert asked == [2] * 2000 + [1] * 1000
@@ -1110,6 +1080,826 @@ def test_ddpm_sample():
     assert torch.equal(one, draw(zero, clip=False)) and not torch.equal(one, draw(zero, clip=False, seed=1))
     assert len(one.flatten(1).unique(dim=0)) == 5 and one.abs().max() > 1 and draw(zero).abs().max() <= 1
     assert not torch.equal(one, draw(zero, clip=False, variance="small"))
+
+# ----------------------------------------------------------------------------------------------------------- ddim -----
+COUNTS = 1, 2, 7, 50, 999, 1000  # of steps: dividing T or not, and the ends
+
+def curved(x, t):
+    """A network that is no straight line, and depends on all that it is given."""
+    return torch.sin(2 * x + 0.002 * t.view(-1, 1, 1, 1)) + 0.3 * x.flip(-1)
+
+def test_ddim_schedule():
+    """(1): alpha_bar is DDPM's, which has tests of its own, and 1 where there is no noise."""
+    for T in 1, 50, 1000:
+        assert torch.equal(ddim.make_alpha_bar(T), ddpm.make_schedule(T).alpha_bar)
+    alpha_bar = ddim.make_alpha_bar()
+    assert ddim.level(alpha_bar, -1) == 1 and ddim.level(alpha_bar, 0) == 1 - 1e-4
+    for table, want in zip(ddim.noise_tables(alpha_bar), (alpha_bar**0.5, (1 - alpha_bar) ** 0.5), strict=True):
+        assert table.dtype == torch.float32
+        near(table, want, 0, 1e-7)  # also the first, where 1 - alpha_bar is 1e-4
+
+def test_ddim_loss():
+    """(1), (2): the network sees x_t as (1) makes it, and t as it is; the loss is the mean square of what it misses."""
+    s = ddpm.make_schedule()
+    for seed in SEEDS:
+        x_0, eps, guess = normal(3, 4, 2, 4, 4, seed=seed)
+        t, spy = torch.tensor([0, 999, 300, 41]), Watched(constant(guess))
+        loss = ddim.loss_gamma(spy, x_0, t, eps, ddim.noise_tables(s.alpha_bar))
+        assert loss.shape == (4,)
+        near(loss, ((guess - eps) ** 2).sum((1, 2, 3)) / (2 * 4 * 4), 1e-12)
+        (x_t, asked_t), = spy
+        assert asked_t == t.tolist()
+        for i in range(4):
+            a = s.alpha_bar[t[i]].item()
+            near(x_t[i], a**0.5 * x_0[i] + (1 - a) ** 0.5 * eps[i], 1e-6)  # float32 tables
+
+def test_ddim_draw_t():
+    """(2): steps fall as often as their weights say, all of them do, and weight times frequency is 1 / T for each."""
+    for module, T, seed in itertools.product((ddim, ddpm), (1, 2, 10, 1000), SEEDS):
+        torch.manual_seed(seed)
+        t, weight = module.draw_t(100_000, T)
+        want = torch.zeros(T).index_copy(0, t, 1 / (T * weight)).double()
+        near(want.sum(), 1, 1e-5)  # float32
+        near(torch.bincount(t, minlength=T) / 1e5, want, 2e-5)  # spread evenly: off by one draw at either end, rounded
+        for n in (1, 7) if T == 10 else ():
+            t, weight = zip(*(module.draw_t(n, T) for _ in range(1000)))
+            t, weight = torch.cat(t), torch.cat(weight).double()
+            for f in torch.ones(T), torch.arange(T) / T, (torch.arange(T) < 3).double():
+                draws = (weight * f[t]).view(1000, n).mean(1)
+                # 5 standard errors: 36 comparisons
+                near(draws.mean(), f.double().mean(), 5 * draws.std() / 1000**0.5 + 1e-6)
+
+def test_ddim_steps():
+    """(7): S pairs from T-1 down to -1, strictly falling and linked, exactly those that the ceilings give."""
+    for S, spacing in itertools.product((*COUNTS, *range(3, 1000, 31)), ("linear", "quad")):
+        pairs = ddim.make_tau(1000, S, spacing)
+        t, p = zip(*pairs)
+        assert len(pairs) == S and t[0] == 999 and p[-1] == -1 and p[:-1] == t[1:], (S, spacing)
+        assert all(t > p for t, p in pairs)
+        power = 1 if spacing == "linear" else 2
+        for i, step in enumerate(reversed(t), 1):
+            up = step + 1  # the least that is no less, or i where more than one square comes to a step
+            assert up * S**power >= 1000 * i**power
+            assert (up - 1) * S**power < 1000 * i**power or up == i
+    assert [t for t, p in ddim.make_tau(1000, 1000, "quad")] == [t for t, p in ddim.make_tau(1000, 1000)]
+    assert ddim.make_tau(1000, 4) == [(999, 749), (749, 499), (499, 249), (249, -1)]
+    assert ddim.make_tau(1000, 5, "quad") == [(999, 639), (639, 359), (359, 159), (159, 39), (39, -1)]
+    assert ddim.make_tau(10, 3) == [(9, 6), (6, 3), (3, -1)] and ddim.make_tau(1, 1) == [(0, -1)]
+    for T, S in (1000, 0), (1000, -3), (1000, 1001), (10, 11):
+        for spacing in "linear", "quad":
+            try:
+                raise AssertionError(f"took {S} steps of {T}: {ddim.make_tau(T, S, spacing)}")
+            except ValueError as e:
+                assert str(S) in str(e) and str(T) in str(e)
+
+def test_ddim_no_noise_without_eta():
+    """(5): with eta = 0 x_T alone decides, and no generator moves; with eta = 1 the generator decides too."""
+    alpha_bar = ddim.make_alpha_bar()
+    for seed, spacing in itertools.product(SEEDS, ("linear", "quad")):
+        x_T, state = normal(3, 1, 4, 4, seed=seed), torch.get_rng_state()
+        one, two = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+        draw = functools.partial(ddim.decode, curved, x_T, alpha_bar, 7, spacing=spacing)
+        before, other = one.get_state(), two.get_state()
+        want = draw(0.0, generator=one)
+        assert torch.equal(before, one.get_state())
+        names = "randn", "rand", "randn_like", "rand_like", "normal"
+        with contextlib.ExitStack() as none:
+            for name in names:
+                none.enter_context(mock.patch.object(torch, name, side_effect=AssertionError("it draws")))
+            assert torch.equal(draw(0.0, generator=two), want) and torch.equal(draw(0.0), want)
+        for eta in 0.3, 1.0:
+            noisy = [draw(eta, generator=g.set_state(b)) for g, b in ((one, before), (two, other), (one, before))]
+            assert not torch.equal(noisy[0], noisy[1]) and torch.equal(noisy[0], noisy[2])
+            assert not torch.equal(noisy[0], want)
+        assert torch.equal(state, torch.get_rng_state())
+
+def test_ddim_is_ddpm():
+    """(5), (6): eta = 1, p = t - 1 is ddpm's step with beta~_t, clipped or not, and so is the whole way with S = T."""
+    s = ddpm.make_schedule()
+    for seed, t, clip in itertools.product(SEEDS, (0, 1, 2, 37, 500, 998, 999), (True, False)):
+        x_t, z = normal(2, 3, 2, 4, 4, seed=seed)
+        got = ddim.step(curved, x_t, t, t - 1, s.alpha_bar, 1.0, z, clip)
+        near(got, ddpm.p_step(curved, x_t, t, z, s, "small", clip), 1e-9)  # x_0 is 157 times the noise at the end
+    for T, clip in itertools.product((1, 50), (True, False)):
+        s = ddpm.make_schedule(T, 1e-3, 0.2)
+        one, two = (torch.Generator().manual_seed(7) for _ in range(2))
+        *_, (_, want) = ddpm.reverse(curved, x_t, s, "small", clip, one)
+        near(ddim.decode(curved, x_t, s.alpha_bar, T, 1.0, "linear", clip, two), want, 1e-9)
+
+def test_ddim_keeps_the_marginals():
+    """(3), (6): given x_0, x_p has the mean and the variance of (1) whatever eta and p; sigma is Bayes' at eta = 1."""
+    s = ddpm.make_schedule()
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for t, p in (999, 998), (999, 0), (999, -1), (700, 350), (20, 3), (1, 0), (1, -1), (0, -1):
+        between = 0.0  # the variance of x_t given x_p, step by step
+        for beta in s.beta[p + 1 : t + 1].tolist():
+            between = between * (1 - beta) + beta
+        a_t, a_p = s.alpha_bar[t].item(), s.alpha_bar[p].item() if p >= 0 else 1.0
+        bayes = 1 / (a_t / a_p / between + 1 / (1 - a_p)) if p >= 0 else 0.0  # precisions add up
+        for eta, clip in itertools.product((0.0, 0.3, 1.0), (True, False)):
+            mean, c, sigma = (ddim.step(oracle(x_0, s), a_t**0.5 * x_0 + (1 - a_t) ** 0.5 * eps, t, p, s.alpha_bar, eta,
+                                        z, clip).item()
+                              for x_0, eps, z in ((one, zero, zero), (zero, one, zero), (zero, zero, one)))
+            near([mean, c**2 + sigma**2, sigma**2], [a_p**0.5, 1 - a_p, eta**2 * bayes], 1e-10)
+            if t == p + 1:
+                near(sigma**2, eta**2 * s.beta_tilde[t], 1e-10)
+
+def test_ddim_sampler_has_the_right_law():
+    """(3), (5): with real noise, started at q(x_T | x_0), the oracle passes through q(x_p | x_0) at every p."""
+    s, n = ddpm.make_schedule(), 40_000
+    x_0 = torch.tensor([0.5, -0.2], dtype=torch.float64).view(2, 1, 1)  # two pixels
+    for eta, spacing, seed in itertools.product((0.0, 0.5, 1.0), ("linear", "quad"), SEEDS):
+        x = ddpm.q_sample(x_0, 999, normal(n, 2, 1, 1, seed=seed), s)
+        for t, p in ddim.make_tau(1000, 6, spacing):
+            x = ddim.step(oracle(x_0, s), x, t, p, s.alpha_bar, eta, normal(n, 2, 1, 1, seed=99 * seed + t), False)
+            a = s.alpha_bar[p].item() if p >= 0 else 1.0
+            near(x.mean(0), a**0.5 * x_0, 5 * ((1 - a) / n) ** 0.5 + 1e-9)  # 5 standard errors: 216 comparisons
+            near(x.var(0), 1 - a, 5 * (1 - a) * (2 / n) ** 0.5 + 1e-9)
+
+def test_ddim_oracle():
+    """(4), (5): who knows the only image gets there at any S; with eta = 0 one and the same eps is in every x_t."""
+    s, x_0 = ddpm.make_schedule(), normal(1, 2, 2, 2, seed=5).clamp(-1, 1)
+    for S, spacing, eta, clip in itertools.product(COUNTS, ("linear", "quad"), (0.0, 1.0), (True, False)):
+        spy, x_T = Watched(oracle(x_0, s)), normal(3, 2, 2, 2, seed=S)
+        x = ddim.decode(spy, x_T, s.alpha_bar, S, eta, spacing, clip, torch.Generator().manual_seed(S))
+        near(x, x_0, 1e-10)  # float64, and noise / signal is 157 where it starts
+        assert [t for _, t in spy] == [[t] * 3 for t, p in ddim.make_tau(1000, S, spacing)]
+        eps = oracle(x_0, s)(x_T, torch.full((3,), 999))
+        for x_t, (t, *_) in spy if eta == 0 else spy[:1]:
+            near(x_t, s.alpha_bar[t].sqrt() * x_0 + (1 - s.alpha_bar[t]).sqrt() * eps, 1e-10)
+
+def gaussian(mean, deviation):
+    """For pixels N(mean, deviation^2): the best network of all, and the x_T of images by the exact ODE."""
+    alpha_bar = ddpm.make_schedule().alpha_bar
+
+    def model(x_t, t):
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * deviation**2 + 1 - a)
+
+    a = alpha_bar[-1]
+    return model, lambda x_0: a.sqrt() * mean + (a * deviation**2 + 1 - a).sqrt() * (x_0 - mean) / deviation
+
+def test_ddim_solves_the_ode():
+    """(4), (5), (8): for Gaussian pixels decoding and encoding tend to the exact ODE's answer, with errors like 1/S."""
+    alpha_bar, counts = ddim.make_alpha_bar(), (25, 50, 100, 200)
+    for seed, spacing, (mean, deviation) in itertools.product(SEEDS, ("linear", "quad"), ((0.3, 0.4), (-0.5, 0.25))):
+        model, latents = gaussian(mean, deviation)
+        x_0 = mean + deviation * normal(500, 1, 1, 2, seed=seed)
+        x_T, errors = latents(x_0), []
+        for S in counts:
+            spy = Watched(model)
+            made = ddim.encode(spy, x_0, alpha_bar, S, spacing)
+            assert [t[0] for _, t in spy] == [max(p, 0) for t, p in reversed(ddim.make_tau(1000, S, spacing))]
+            assert torch.equal(spy[0][0], x_0)
+            back = ddim.decode(model, made, alpha_bar, S, 0.0, spacing, False)
+            x = ddim.decode(model, x_T, alpha_bar, S, 0.0, spacing, False)
+            errors.append([rms(x - x_0) / deviation, rms(made - x_T), rms(back - x_0) / deviation])
+        for few, many in zip(errors, errors[1:]):
+            assert all(1.5 < a / b < 2.5 for a, b in zip(few, many)), errors
+        assert max(errors[-1]) < 0.06, errors
+        near(made.std(), x_T.std(), 0.06)
+        near(made.mean(), x_T.mean(), 0.03)
+        assert 0.9 < made.std() < 1.1  # 1000 draws of N(0, 1)
+
+def test_ddim_slerp():
+    """(9): it starts at x, ends at y, turns by equal angles in their plane, and unit vectors stay of unit length."""
+    angle = lambda x, y: torch.arccos(((x * y).sum() / x.norm() / y.norm()).clamp(-1, 1))
+    for seed in range(6):
+        x, y = normal(2, 1 + seed, 4, 4, seed=seed)
+        near(ddim.slerp(x, y, 0.0), x, 1e-12)
+        near(ddim.slerp(x, y, 1.0), y, 1e-12)
+        near(ddim.slerp(x, y, 0.3), ddim.slerp(y, x, 0.7), 1e-12)
+        near(ddim.slerp(x, x, 0.3), x, 1e-12)  # no angle at all
+        x, y = x / x.norm(), y / y.norm()
+        for a in 0.1, 0.25, 0.5, 0.9:
+            z = ddim.slerp(x, y, a)
+            assert z.shape == x.shape
+            near(z.norm(), 1, 1e-12)
+            near([angle(x, z), angle(z, y)], [a * angle(x, y), (1 - a) * angle(x, y)], 1e-7)  # arccos of nearly 1
+
+def test_ddim_sample():
+    """sample() draws all it was asked for, chunk by chunk, in S steps as spaced, and the same for the same seed."""
+    x_0, s = normal(1, 2, 2).float().clamp(-1, 1), ddpm.make_schedule()
+    spy = Watched(lambda x, t: oracle(x_0, s)(x, t).float())
+    near(quiet(ddim.sample, spy, (5, 1, 2, 2), 7, 0.0, "quad", chunk=2), x_0.expand(5, 1, 2, 2), 1e-4)  # float32
+    tau = [t for t, p in ddim.make_tau(1000, 7, "quad")]
+    assert [t for _, t in spy] == [[t] * n for n in (2, 2, 1) for t in tau]
+    for eta in 0.0, 1.0:
+        draw = functools.partial(quiet, ddim.sample, lambda x, t: 0 * x, (5, 1, 2, 2), 7, eta, chunk=2)
+        one = draw(clip=False)
+        assert torch.equal(one, draw(clip=False)) and not torch.equal(one, draw(clip=False, seed=1))
+        assert len(one.flatten(1).unique(dim=0)) == 5 and one.abs().max() > 1 and draw().abs().max() <= 1
+    assert not torch.equal(one, draw(clip=False, spacing="quad"))
+
+def tiles(path, size, columns):
+    """The images of a grid of square grey ones -> uint8 (N, size, size), the lines between them and the zoom undone."""
+    sheet = np.array(Image.open(path))
+    zoom = 64 // (size + 2)
+    sheet = np.pad(sheet[::zoom, ::zoom], ((0, 2), (0, 2)))
+    assert sheet.shape[1] == columns * (size + 2) and sheet.shape[0] % (size + 2) == 0, sheet.shape
+    sheet = sheet.reshape(-1, size + 2, columns, size + 2).transpose(0, 2, 1, 3)
+    return sheet.reshape(-1, size + 2, size + 2)[:, :size, :size]
+
+def grey(here, n=20):
+    """Grey 8x8 pictures in the folder here/pics -> those to train on, as load_images gives them."""
+    paint(here / "pics", n, (8, 8), "L")
+    return ddpm.load_images("pics", 8)
+
+def alike(got, want):
+    """Pictures that came in batches of another size: float32 sums differ, so a byte may round to its neighbour."""
+    assert got.shape == want.shape and np.abs(got.astype(int) - want.astype(int)).max() <= 1
+
+def test_ddim_samples_what_ddpm_trained():
+    """--model samples a checkpoint of ddpm.py as the other flags say, and trains nothing; no other file's will do."""
+    with workdir() as here:
+        images = grey(here)
+        quiet(ddpm.train, images, iters=2, batch=2, width=8, path=here / "ddpm" / "model.pt")
+        quiet(flow.train, images, iters=2, batch=2, width=8, path=here / "flow" / "model.pt")
+        model, theirs = ddim.load("ddpm/model.pt"), ddpm.load("ddpm/model.pt")
+        same(model.state_dict(), theirs.state_dict())
+        assert model.shape == (1, 8, 8) and not model.training
+        words = command(ddim, data="pics", model="ddpm/model.pt", steps=3, eta=1, spacing="quad", seed=4, width=16,
+                        size=28, compare="5,2,200")  # --width and --size are the checkpoint's
+        woken(model)  # so that it guesses what has to be cut
+        with (mock.patch.object(ddim, "train", autospec=True, side_effect=AssertionError("it trains")),
+              mock.patch.object(ddim, "load", lambda path, device: {"ddpm/model.pt": model}[path])):
+            status, out, err = call(ddim, words)
+        assert (status, err) == (0, ""), err
+        assert not (here / "run" / "model.pt").exists()
+        want = quiet(ddim.sample, model, (2, 1, 8, 8), 3, 1.0, "quad", True, 4)
+        assert np.array_equal(np.load("run/samples.npy"), ddim.to_uint8(want)[:, 0])
+
+        x_T, alpha_bar = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(4)), ddim.make_alpha_bar()
+        rows = [ddim.decode(model, x_T, alpha_bar, S, 0.0, "quad")[:10] for S in (5, 2, 200)]
+        alike(tiles("run/compare.png", 8, 10), ddim.to_uint8(torch.cat(rows))[:, 0].numpy())
+        table = re.findall(r"^ *(\d+) steps: +([\d.]+) s .*?([\d.,]+) images/s", out, re.M)
+        assert [row[0] for row in table] == ["5", "2", "200"] and float(table[2][1]) > float(table[1][1])
+        walk = tiles("run/slerp.png", 8, 10)  # six walks of ten pictures, from one of the x_T to the next
+        ends = ddim.to_uint8(ddim.decode(model, x_T[:12], alpha_bar, 3, 0.0, "quad"))[:, 0].numpy()
+        alike(walk[::10], ends[::2])
+        alike(walk[9::10], ends[1::2])
+        held_out = ddim.load_images("pics", 8, test=True)[:16]
+        rows = tiles("run/reconstructions.png", 8, len(held_out)).reshape(6, len(held_out), 8, 8)
+        assert np.array_equal(rows[0], held_out[:, 0])  # the real ones, and what came back in 10 .. 200 steps
+        x_0 = ddim.to_float(held_out)
+        back = ddim.decode(model, ddim.encode(model, x_0, alpha_bar, 20), alpha_bar, 20, clip=False)
+        alike(rows[2], ddim.to_uint8(back)[:, 0].numpy())
+        error = (back - x_0).square().mean().item() / 4  # pixels in 0 .. 1
+        near(float(re.search(r"[ ,]20: ([\d.]+)", out)[1]), error, 1e-5, 1e-3)
+
+        words = command(ddim, data="pics", out="other")
+        wrong = [refused(ddim, [*words, "--model", path], say, here)
+                 for path, say in (("flow/model.pt", "rectified_flow.py"), ("none.pt", "none.pt"))]
+        try:
+            wrong += [f"load took it: {ddim.load('flow/model.pt')}"]
+        except ValueError as e:
+            assert "rectified_flow.py" in str(e)
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+def test_ddim_compares_by_itself():
+    """A run without --model trains, and --compare then makes its picture; without --compare there is none."""
+    words, _, files = finished(ddim)
+    assert "run/compare.png" not in files
+    with workdir() as here:
+        unpack(files, here)
+        assert call(ddim, [*words, "--compare", "1,3"])[0] == 0
+        with Image.open("run/compare.png") as sheet:
+            assert sheet.width / sheet.height == (10 * 10 - 2) / (2 * 10 - 2)  # two rows of ten
+        assert changed(files, snapshot(here)) == ["run/compare.png"]
+
+def test_ddim_bad_values():
+    """Steps, eta and comparisons that cannot be are refused before anything is trained."""
+    bad = [("--eta", "1.5", "eta"), ("--eta", "nan", "eta"), ("--eta", "-0.1", "eta"), ("--steps", "0", "--steps 0"),
+           ("--steps", "1001", "--steps 1001"), ("--steps", "-5", "--steps"), ("--compare", "10,0", "--steps 0"),
+           ("--compare", "10,x", "--compare"), ("--compare", "10,1001", "1001"), ("--compare", "", "--compare"),
+           ("--spacing", "cubic", "--spacing")]
+    with workdir() as here, mock.patch.object(ddim, "train", autospec=True, side_effect=AssertionError("it trains")):
+        words = command(ddim, **inputs(here))
+        wrong = [refused(ddim, [*words, f"{name}={value}"], say, here) for name, value, say in bad]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+def test_ddim_training_draws():
+    """(2): training takes x_0 from the data in -1 .. 1 and fresh N(0, I) noise, and weighs: any f(t) has its mean."""
+    images, seen = torch.arange(0, 200, 20, dtype=torch.uint8).view(10, 1, 1, 1).repeat(1, 1, 8, 8), []
+
+    def loss(model, x_0, t, eps, tables):
+        seen.append((x_0, t, eps))
+        same(tables, ddim.noise_tables(ddim.make_alpha_bar()))
+        return 0 * next(model.parameters()).sum() + (t / 1000).square()
+
+    with workdir() as here, mock.patch.object(ddim, "loss_gamma", loss):
+        quiet(ddim.train, images, iters=300, batch=4, width=8, path=here / "model.pt")
+        logged = [float(row.split(",")[1]) for row in (here / "log.csv").read_text().split()[1:]]
+    near(sum(logged) / 3, sum(t**2 for t in range(1000)) / 1e9, 0.02)  # without weights 0.2
+    x_0, t, eps = (torch.stack(v) for v in zip(*seen))  # (300, 4, ...)
+    used, counts = x_0[..., 0, 0, 0].unique(return_counts=True)
+    near(used, torch.arange(0, 200, 20) / 127.5 - 1, 1e-6)
+    assert (x_0 == x_0[..., :1, :1]).all() and counts.min() > 75  # of 120 each: 75 is over four deviations away
+    assert 0 <= t.min() < 20 and 980 < t.max() < 1000  # 1200 draws
+    near(eps.mean(), 0, 5 / eps.numel() ** 0.5)
+    near(eps.var(), 1, 5 * (2 / eps.numel()) ** 0.5)
+    assert len(eps.flatten(1).unique(dim=0)) == 300
+
+# ------------------------------------------------------------------------------------------------- rectified flow -----
+@contextlib.contextmanager
+def doubles():
+    """Float64 for what a file makes itself, such as t."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+def as_column(t, x):
+    return t.view(-1, *[1] * (x.dim() - 1))
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+def test_rectified_flow_direction():
+    """(1): t = 0 is noise and t = 1 is data, each image has its own t, and between them the line is straight."""
+    for seed, shape in itertools.product(SEEDS, ((5, 3, 4, 4), (5, 2), (5,))):
+        x_0, x_1 = normal(2, *shape, seed=seed)
+        assert torch.equal(flow.interpolate(x_0, x_1, torch.zeros(5)), x_0)
+        assert torch.equal(flow.interpolate(x_0, x_1, torch.ones(5)), x_1)
+        t = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0], dtype=torch.float64)
+        for i, got in enumerate(flow.interpolate(x_0, x_1, t)):
+            near(got, x_0[i] + t[i] * (x_1[i] - x_0[i]), 1e-12)
+
+def test_rectified_flow_loss():
+    """(2): the network sees X_t and t, the target is X_1 - X_0, and who answers that has no loss."""
+    for seed in SEEDS:
+        x_0, x_1, guess = normal(3, 4, 2, 4, 4, seed=seed)
+        t, spy = torch.tensor([0.1, 0.9, 0.5, 0.3], dtype=torch.float64), Watched(constant(guess))
+        loss = flow.loss_flow(spy, x_0, x_1, t)
+        near(loss, ((guess - (x_1 - x_0)) ** 2).sum() / (4 * 2 * 4 * 4), 1e-12)
+        (x_t, asked_t), = spy
+        assert asked_t == t.tolist()
+        near(x_t, flow.interpolate(x_0, x_1, t), 0)
+        near(flow.loss_flow(constant(x_1 - x_0), x_0, x_1, t), 0)
+
+class Mixture:
+    """Numbers from a mixture of Gaussians N(m_k, s_k^2), one in each row of data, and (3) for them in closed form."""
+    def __init__(self, *parts):
+        self.w, self.m, self.s = torch.tensor(parts, dtype=torch.float64).T  # (K,) each; the weights add up to 1
+
+    def draw(self, n, seed):
+        g = torch.Generator().manual_seed(seed)
+        k = torch.multinomial(self.w, n, True, generator=g)
+        return (self.m[k] + self.s[k] * torch.randn(n, generator=g, dtype=torch.float64))[:, None]  # (n, 1)
+
+    def velocity(self, x, t):
+        t = t.view(-1, 1)
+        var = (t * self.s) ** 2 + (1 - t) ** 2  # of X_t if X_1 is from part k
+        share = (self.w.log() - (x - t * self.m) ** 2 / (2 * var) - var.log() / 2).softmax(1)
+        return (share * (self.m + (t * self.s**2 - (1 - t)) * (x - t * self.m) / var)).sum(1, keepdim=True)
+
+    def cdf(self, x):
+        return (self.w * torch.special.ndtr((x - self.m) / self.s)).sum(1, keepdim=True)
+
+MIXTURES = Mixture((1.0, 0.3, 0.4)), Mixture((0.3, -0.8, 0.2), (0.7, 0.6, 0.3))
+
+def test_rectified_flow_best_velocity():
+    """(1), (2), (3): the conditional mean, here in closed form, is where the loss is least: what is left is noise."""
+    n = 200_000
+    for seed, data in itertools.product(SEEDS, MIXTURES):
+        x_0, x_1 = normal(n, 1, seed=seed), data.draw(n, seed + 10)
+        t = torch.rand(n, generator=torch.Generator().manual_seed(seed + 20), dtype=torch.float64)
+        x_t = (1 - t)[:, None] * x_0 + t[:, None] * x_1
+        left = data.velocity(x_t, t) - (x_1 - x_0)
+        for g in lambda x, t: torch.ones_like(x), lambda x, t: x, lambda x, t: t[:, None], lambda x, t: (3 * x).sin():
+            up, down = (flow.loss_flow(lambda x, t, g=g, d=d, data=data: data.velocity(x, t) + d * g(x, t), x_0, x_1, t)
+                        for d in (0.5, -0.5))
+            near(up - down, 0, 9 * (left * g(x_t, t)).std() / n**0.5)  # the derivative along g, 4.5 standard errors
+            assert min(up, down) > left.square().mean()
+
+def test_rectified_flow_keeps_the_marginals():
+    """(4), (5), (6): the best velocity carries N(0, 1) to the data's law, quantile by quantile."""
+    z = torch.linspace(-4, 4, 401, dtype=torch.float64)[:, None]
+    for data in MIXTURES:
+        with doubles():
+            x, _ = flow.rk45(data.velocity, z, 1e-7)
+            near(data.cdf(x), torch.special.ndtr(z), 1e-5)  # paths on a line cannot cross: rank stays rank
+            errors = [(data.cdf(flow.euler(data.velocity, z, N)[0]) - torch.special.ndtr(z)).abs().max().item()
+                      for N in (1, 10, 50, 100, 200, 400)]
+            assert errors[0] > 0.05  # independent pairs: curved paths, and one step is not enough
+            assert all(1.6 < a / b < 2.4 for a, b in zip(errors[2:], errors[3:])), errors  # Euler's order is 1
+            x, _ = flow.euler(data.velocity, normal(50_000, 1), 100)
+        mean = (data.w * data.m).sum()
+        var = (data.w * (data.s**2 + data.m**2)).sum() - mean**2
+        near(x.mean(), mean, 0.01)
+        near(x.var(), var, 0.02)
+
+def test_rectified_flow_oracle():
+    """(5), (6): along straight lines any number of steps is exact, one too, and (7) is 0."""
+    for seed, N in itertools.product(SEEDS, (1, 2, 7, 50)):
+        x_0, x_1 = normal(2, 3, 2, 2, 2, seed=seed)
+        point = x_1[:1]
+        with doubles():
+            for model, end in ((constant(x_1 - x_0), x_1),
+                               (lambda z, t, point=point: (point - z) / as_column(1 - t, z), point)):  # all to one
+                x, S = flow.euler(model, x_0, N)
+                near(x, end, 1e-12)
+                near(S, 0, 1e-10)
+            x, calls = flow.rk45(constant(x_1 - x_0), x_0)
+            near(x, x_1, 1e-12)
+            assert calls < 30  # 0.05, and five times as much each time
+
+def test_rectified_flow_euler_sees():
+    """(5): the network is asked at the point where it is, never Z_0 again, and at 0, 1/N, ..., (N - 1)/N; once each."""
+    for seed, N in itertools.product(SEEDS, (1, 3, 50)):
+        z_0, model = normal(4, 1, 2, 2, seed=seed), lambda z, t: torch.sin(3 * z) + as_column(t, z) * z.flip(-1)
+        spy, z, velocities = Watched(model), z_0, []
+        with doubles():
+            end, S = flow.euler(spy, z_0, N)
+        assert len(spy) == N and S.shape == (4,)
+        for i, (at, t) in enumerate(spy):
+            near(t, [i / N] * 4, 1e-12)
+            near(at, z, 1e-12)
+            velocities.append(model(z, torch.full((4,), i / N, dtype=torch.float64)))
+            z = z + (1 / N) * velocities[-1]
+        near(end, z, 1e-12)
+        near(S, sum((z - z_0 - v).square().sum((1, 2, 3)) for v in velocities) / N, 1e-10)  # (7) as it stands
+        assert (S > 0.01).all() if N > 1 else True
+
+def test_rectified_flow_straightness():
+    """(7): 0 for a constant velocity, the variance of v = a t over Euler's times, a sum over pixels, an image each."""
+    a, b = normal(2, 3, 2, 2, 2, seed=3)
+    for N in 1, 2, 10, 50:
+        with doubles():
+            near(flow.euler(constant(b), a, N)[1], 0, 1e-12)
+            S = flow.euler(lambda z, t: a * as_column(t, z) + b, normal(3, 2, 2, 2), N)[1]
+            near(S, (1 - 1 / N**2) / 12 * a.square().sum((1, 2, 3)), 1e-12)
+    for seed in SEEDS:  # a network in float32: what is left of a difference
+        model = woken(flow.UNet(1, 8, 8, t_max=1), seed).eval()
+        assert (flow.euler(model, normal(5, 1, 8, 8, seed=seed).float(), 5)[1] > -1e-4).all()
+
+def test_rectified_flow_dormand_prince():
+    """(6): rows sum to c; b meets every condition of order 5 and none more, b less e those of order 4, by all trees."""
+    rows = [row for _, row in flow.DORMAND_PRINCE]
+    c = np.array([0.0] + [c for c, _ in flow.DORMAND_PRINCE])
+    A = np.array([[*row] + [0.0] * (7 - len(row)) for row in [(), *rows]])
+    b, e = A[-1], np.array(flow.ERROR_WEIGHTS)
+    near(A.sum(1), c, 1e-14)
+
+    def grow(tree):  # a tree is the sorted tuple of its branches; every way to give it one leaf more
+        yield tuple(sorted((*tree, ())))
+        for i, branch in enumerate(tree):
+            yield from (tuple(sorted((*tree[:i], more, *tree[i + 1 :]))) for more in grow(branch))
+
+    size = lambda tree: 1 + sum(map(size, tree))
+    gamma = lambda tree: size(tree) * math.prod(map(gamma, tree))
+    stages = lambda tree: math.prod((A @ stages(branch) for branch in tree), start=np.ones(7))
+    missed, trees = {}, {()}
+    for order, count in enumerate((1, 1, 2, 4, 9, 20), 1):
+        assert len(trees) == count
+        for name, weights in ("b", b), ("b - e", b - e):
+            missed[name, order] = max(abs(weights @ stages(tree) - 1 / gamma(tree)) for tree in trees)
+        trees = {more for tree in trees for more in grow(tree)}
+    assert all((missed["b", order] < 1e-14) == (order <= 5) for order in range(1, 7)), missed
+    assert all((missed["b - e", order] < 1e-14) == (order <= 4) for order in range(1, 7)), missed
+
+def spiral(z, t):
+    return 6 * torch.stack([-z[:, 1], z[:, 0]], 1)
+
+def bump(z, t):
+    return torch.exp(-(((as_column(t, z) - 0.6) / 0.1) ** 2)) * 5 + 0 * z
+
+ODES = {  # name: velocity and its Z_1 as a function of Z_0, (N, 2)
+    "growth": (lambda z, t: z, lambda z: z * math.e),
+    "spiral": (spiral, lambda z: z @ torch.tensor([[math.cos(6), math.sin(6)], [-math.sin(6), math.cos(6)]])),
+    "stiff": (lambda z, t: -20 * (z - torch.cos(as_column(t, z))), lambda z: (z - 400 / 401) * math.exp(-20)
+              + (400 * math.cos(1) + 20 * math.sin(1)) / 401),
+    "bump": (bump, lambda z: z + 0.25 * math.pi**0.5 * (math.erf(4) + math.erf(6))),
+}
+
+def test_rectified_flow_adaptive_solver():
+    """(6): with a known answer, the error follows tol and the work grows as tol^(-1/5); calls are counted as made."""
+    tols = [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8]
+    for seed, (name, (model, answer)) in itertools.product(SEEDS, ODES.items()):
+        z, errors, made = normal(5, 2, seed=seed), [], []
+        for tol in tols:
+            with doubles():
+                spy = Watched(model)
+                x, calls = flow.rk45(spy, z, tol)
+                errors.append((x - answer(z)).abs().max().item())
+            assert calls == len(spy) and x.shape == z.shape, name
+            made.append(calls)
+        assert all(error < 20 * tol for error, tol in zip(errors, tols)), (name, errors)
+        if name != "growth":  # which takes five steps up to 1e-5
+            assert 5**5 < errors[0] / errors[-1] < 20**5, (name, errors)
+            assert 3 < made[-1] / made[1] < 8, (name, made)  # 10^(4/5) = 6.3, and a start that all have alike
+
+def test_rectified_flow_adaptive_steps():
+    """(6): stages are asked at t + c h, steps are judged and changed as it says, and the last ends at 1."""
+    with doubles():
+        c, e = torch.tensor([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]), torch.tensor(flow.ERROR_WEIGHTS)
+        for (name, (model, _)), tol in itertools.product(ODES.items(), (1e-3, 1e-4, 1e-6)):
+            spy, z_0 = Watched(model), normal(3, 2, seed=1)
+            end, calls = flow.rk45(spy, z_0, tol)
+            (z, (t, *_)), rejected, due = spy[0], 0, 0.05
+            assert t == 0 and torch.equal(z, z_0) and (calls - 1) % 6 == 0
+            k_1 = model(*asked(spy[0]))
+            for i in range(1, calls, 6):
+                h = spy[i + 5][1][0] - t
+                near(h, min(due, 1 - t), 1e-9)
+                near([time for _, time in spy[i : i + 6]], t + c[:, None].expand(6, 3) * h, 1e-12)
+                k = torch.stack([k_1, *(model(*asked(call)) for call in spy[i : i + 6])])
+                error = h * (e[:, None, None] * k).sum(0)
+                r = rms(error / (tol * (1 + torch.maximum(z.abs(), spy[i + 5][0].abs()))))
+                due = h * min(5.0, max(0.2, 0.9 * max(r, 1e-10) ** -0.2))
+                if r <= 1:
+                    t, z, k_1 = t + h, spy[i + 5][0], k[-1]  # its last point is the next one's first: no call for it
+                rejected += r > 1
+            near(t, 1, 1e-9)
+            assert torch.equal(end, z)
+            assert rejected or name != "bump"  # which comes when the step has grown
+
+def asked(call):
+    """What a Watched network was asked, as it was asked."""
+    return call[0], torch.tensor(call[1])
+
+def test_rectified_flow_solver_gives_up():
+    """(6): where no step can be small enough, for NaN or a jump to infinity, the solver says so and ends."""
+    for model in lambda z, t: z * math.nan, lambda z, t: 0 * z + as_column(t, z) / 0, lambda z, t: 1e30 * z**2:
+        try:
+            raise AssertionError(f"it took {flow.rk45(model, torch.ones(2, 3), 1e-3)}")
+        except FloatingPointError as e:
+            assert "t = 0" in str(e)
+
+def test_rectified_flow_order_of_a_step():
+    """(6): what one step misses falls by 2^6 when it is half as long: the fifth order is the one that is kept."""
+    for z_0, speed in itertools.product((1.0, 0.5), (8.0, 12.0)):
+        errors = []
+        for scale in speed, speed / 2, speed / 4:  # dz/dt = scale z cos(scale t), for a step of 0.05
+            spy = Watched(lambda z, t, scale=scale: scale * z * torch.cos(scale * as_column(t, z)))
+            with doubles():
+                flow.rk45(spy, torch.full((1, 1), z_0), 1e9)
+            z, t = spy[6]
+            near(t, 0.05, 1e-15)
+            errors.append(abs(z.item() - z_0 * math.exp(math.sin(0.05 * scale))))
+        assert all(45 < a / b < 90 for a, b in zip(errors, errors[1:])), errors
+
+def test_rectified_flow_pairs():
+    """(8): x_1 is the image that the flow makes of its own x_0, and that is N(0, I), new in each chunk and seed."""
+    model, shape = woken(flow.UNet(1, 8, 8, t_max=1)).eval(), (23, 1, 8, 8)
+    x_0, x_1, S = quiet(flow.make_pairs, model, shape, 4, seed=3, chunk=10)
+    assert x_0.shape == x_1.shape == shape and S.shape == (23,)
+    for part in torch.arange(23).split(10):
+        want, straightness = flow.euler(model, x_0[part], 4)
+        near(x_1[part], want, 1e-5)
+        near(S[part], straightness, 1e-4)
+    assert rms(x_1[1:] - x_1[:-1]) > 0.1 and rms(x_1 - x_0) > 0.1  # so that a mix-up would be seen
+    same(quiet(flow.make_pairs, model, shape, 4, seed=3, chunk=10)[0], x_0)
+    for seed in SEEDS:
+        noise = quiet(flow.make_pairs, constant(torch.zeros(1)), (500, 1, 4, 4), 1, seed)[0]
+        near(noise.mean(), 0, 5 / 8000**0.5)
+        near(noise.var(), 1, 5 * (2 / 8000) ** 0.5)
+        assert len(noise.flatten(1).unique(dim=0)) == 500 and not torch.equal(noise[:23, :, :2, :2], x_0[..., :2, :2])
+    assert not torch.equal(noise, quiet(flow.make_pairs, constant(torch.zeros(1)), (500, 1, 4, 4), 1)[0])
+
+def test_rectified_flow_training_draws():
+    """(2): training takes x_1 from the data in -1 .. 1, fresh N(0, I) for x_0, and logistic-normal times in 0 .. 1."""
+    images, seen = torch.arange(0, 200, 20, dtype=torch.uint8).view(10, 1, 1, 1).repeat(1, 1, 8, 8), []
+
+    def loss(model, x_0, x_1, t):
+        seen.append((x_0, x_1, t))
+        return 0 * next(model.parameters()).sum()
+
+    with mock.patch.object(flow, "loss_flow", loss):
+        quiet(flow.train, images, iters=300, batch=8, width=8)
+    x_0, x_1, t = (torch.stack(v) for v in zip(*seen))  # (300, 8, ...)
+    used, counts = x_1[..., 0, 0, 0].unique(return_counts=True)
+    near(used, torch.arange(0, 200, 20) / 127.5 - 1, 1e-6)
+    assert (x_1 == x_1[..., :1, :1]).all() and counts.min() > 165  # of 240 each: 165 is five deviations away
+    near(x_0.mean(), 0, 5 / x_0.numel() ** 0.5)
+    near(x_0.var(), 1, 5 * (2 / x_0.numel()) ** 0.5)
+    assert len(x_0.flatten(1).unique(dim=0)) == 300 and len(x_0[0].flatten(1).unique(dim=0)) == 8
+    z, normal_ = torch.logit(t.flatten().double()).sort()[0], D.Normal(0.0, 1.0)
+    assert t.shape == (300, 8) and 0 < t.min() < 0.06 and 0.94 < t.max() < 1
+    near(normal_.cdf(z), (torch.arange(2400) + 0.5) / 2400, 0.02)  # evenly spread, so nearer than free draws would be
+    near([z.mean(), z.std()], [0, 1], 0.02)
+    assert ((t < 0.5).sum(1) == 4).all()  # in each batch
+    assert len(t.argmin(1).unique()) == 8
+
+def test_rectified_flow_reflow_training():
+    """(8), (2): with start, training begins at its weights and draws from so many pairs of noise and its image."""
+    images, seen = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), []
+    for seed in SEEDS:
+        start = woken(flow.UNet(1, 8, 8, t_max=1), seed).eval().requires_grad_(False)
+
+        def loss(model, x_0, x_1, t, start=start):
+            if not seen:
+                same(dict(model.state_dict()), dict(start.state_dict()))
+            seen.append((x_0, x_1, t))
+            return (0 * next(model.parameters())).sum()
+
+        del seen[:]
+        before = {name: p.clone() for name, p in start.state_dict().items()}
+        with mock.patch.object(flow, "loss_flow", loss):
+            model = quiet(flow.train, images, 40, 4, width=8, seed=seed, start=start, pairs=7, pair_steps=3)
+        same(dict(model.state_dict()), before)  # no gradient, no change
+        same(dict(start.state_dict()), before)
+        x_0, x_1, t = (torch.cat(v) for v in zip(*seen))
+        near(t.sort()[0].sqrt(), (torch.arange(160) + 0.5) / 160, 0.15)  # P(t < s) is sqrt(s), in fours evenly spread
+        near(x_1, flow.euler(start, x_0, 3)[0], 1e-4)
+        assert rms(x_1 - x_0) > 0.1 and len(x_0.flatten(1).unique(dim=0)) == 7
+
+def test_rectified_flow_reflow_straightens():
+    """(7), (8): on two clouds in the plane, reflow makes S much smaller and one step much better."""
+    def fit(draw, seed):
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                                  torch.nn.Linear(64, 2))
+        model, opt = lambda z, t: net(torch.cat([z, t.view(-1, 1)], 1)), torch.optim.Adam(net.parameters(), 5e-3)
+        for i in range(600):
+            opt.param_groups[0]["lr"] = 5e-3 * (1 - i / 600)
+            opt.zero_grad()
+            flow.loss_flow(model, *draw(), torch.rand(256)).backward()
+            opt.step()
+        return model
+
+    def clouds():
+        x_1 = 0.15 * torch.randn(256, 2)
+        x_1[:, 0] += 3 * torch.randint(2, (256,)) - 1.5
+        return torch.randn(256, 2), x_1
+
+    def judge(model):
+        z = normal(2000, 2, seed=9).float()
+        x, S = flow.euler(model, z, 1)[0], flow.euler(model, z, 50)[1]
+        return S.mean().item(), ((x[:, 0].abs() - 1.5) ** 2 + x[:, 1] ** 2).mean().item()  # straightness, miss
+
+    for seed in 0, 1:
+        first = fit(clouds, seed)
+        noise, images, S = quiet(flow.make_pairs, first, (4000, 2), 30, seed, chunk=4000)
+
+        def pairs(noise=noise, images=images):
+            index = torch.randint(4000, (256,))
+            return noise[index], images[index]
+
+        second = fit(pairs, seed)
+        (S_1, miss_1), (S_2, miss_2) = judge(first), judge(second)
+        near(S.mean(), S_1, 0, 0.1)  # make_pairs measured the same, on other noise
+        assert S_1 > 0.3 and S_2 < S_1 / 6 and miss_2 < miss_1 / 3, (S_1, S_2, miss_1, miss_2)
+
+def test_rectified_flow_reflow_stops_and_resumes():
+    """A reflow stopped half-way ends with the same bits; a finished one makes no pairs again and trains nothing."""
+    words, _, files = finished(flow)  # its first flow is there already
+    words = [*words, "--reflow", "1", "--pairs", "7"]
+    with workdir() as here:
+        unpack(files, here)
+        assert call(flow, words)[0] == 0
+        whole = snapshot(here)
+        unchanged = mock.patch.object(flow, "make_pairs", side_effect=AssertionError("pairs again"))
+        with unchanged, mock.patch.object(torch.Tensor, "backward", side_effect=AssertionError("it trains")):
+            status, _, err = call(flow, words)
+        assert status == 0 and not changed(whole, snapshot(here)), err
+    with workdir() as here:
+        unpack(files, here)
+        with stopped_at(flow, 115, 130), hurried(flow):
+            assert call(flow, words)[0] == 130
+        assert torch.load(here / "run/reflow1/model.pt", weights_only=True)["done"] == 100
+        assert call(flow, words)[0] == 0
+        path = "run/reflow1/model.pt"
+        same(*(torch.load(io.BytesIO(run[path]), weights_only=True) for run in (whole, snapshot(here))))
+        assert changed(whole, snapshot(here)) in ([], [path])  # a pickle of equal tensors may be laid out otherwise
+        wrong = [refused(flow, [*words, "--pairs", "8"], "pairs 7, not 8.*--fresh", here)]
+    assert not any(wrong), wrong
+    assert files["run/samples.npy"] != whole["run/samples.npy"] and files["run/model.pt"] == whole["run/model.pt"]
+
+def test_rectified_flow_sample():
+    """sample() draws all it was asked for, chunk by chunk, with either solver, and counts what each image took."""
+    model, draw = (lambda z, t: torch.sin(3 * z) - z), functools.partial(quiet, flow.sample)
+    for flags in {"steps": 7}, {"solver": "rk45", "tol": 1e-4}:
+        spy = Watched(model)
+        x, calls = draw(spy, (5, 1, 2, 2), **flags, chunk=2)
+        assert x.shape == (5, 1, 2, 2) and len(x.flatten(1).unique(dim=0)) == 5
+        near(calls, sum(len(z) for z, _ in spy) / 5, 1e-9)
+        assert calls == 7 or "tol" in flags and calls > 12
+        noise = torch.cat([z for z, t in spy if t[0] == 0])
+        near(x, torch.cat([flow.euler(model, z, 7)[0] if "steps" in flags else flow.rk45(model, z, 1e-4)[0]
+                           for z in noise.split(2)]), 1e-6)
+        assert torch.equal(x, draw(model, (5, 1, 2, 2), **flags, chunk=2)[0])
+        assert not torch.equal(x, draw(model, (5, 1, 2, 2), **flags, chunk=2, seed=1)[0])
+    fine = draw(model, (5, 1, 2, 2), solver="rk45", tol=1e-6, chunk=2)
+    assert fine[1] > calls and not torch.equal(fine[0], x)
+    near(fine[0], x, 1e-2)
+
+def test_rectified_flow_command():
+    """--reflow 2 trains each flow from the one before, samples the last, and steps.png shows each in 1, 2, 5, 50."""
+    starts, real, real_load = [], flow.train, flow.load
+    load = lambda path, device="cpu": woken(real_load(path, device), sum(map(ord, str(path))))  # curved, each otherwise
+
+    @functools.wraps(real)
+    def train(*args, **kwargs):
+        starts.append(inspect.signature(real).bind(*args, **kwargs).arguments.get("start"))
+        return real(*args, **kwargs)
+
+    with workdir() as here, mock.patch.multiple(flow, train=train, load=load):
+        grey(here)
+        words = command(flow, data="pics", reflow=2, pairs=5, steps=3, seed=4, lr=0.5)
+        status, out, err = call(flow, words)
+        assert (status, err) == (0, ""), err
+        models = [flow.load(Path("run", name, "model.pt")) for name in (".", "reflow1", "reflow2")]
+        assert starts[0] is None
+        for start, model in zip(starts[1:], models):
+            same(start.state_dict(), model.state_dict())
+        assert np.array_equal(np.load("run/samples.npy"),
+                              flow.to_uint8(quiet(flow.sample, models[2], (2, 1, 8, 8), 3, seed=4)[0])[:, 0])
+        z = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+        drawn = [flow.euler(model, z, N) for model in models for N in (1, 2, 5, 50)]
+        alike(tiles("run/steps.png", 8, 12), flow.to_uint8(torch.cat([x[:12] for x, _ in drawn]))[:, 0].numpy())
+        measured = re.findall(r"straightness after (\d) reflows: S = ([\d.]+)", out)
+        assert [k for k, _ in measured] == ["0", "1", "2"]
+        near([float(S) for _, S in measured], [S.mean() for _, S in drawn[3::4]], 0.0051)  # two digits
+        assert "2 samples, 3 evaluations each" in out
+        words = command(flow, data="pics", reflow=2, pairs=5, seed=4, lr=0.5, solver="rk45", tol=1e-4)
+        status, out, err = call(flow, words)
+        want, calls = quiet(flow.sample, models[2], (2, 1, 8, 8), solver="rk45", tol=1e-4, seed=4)
+        assert (status, err) == (0, "") and f"{calls:.0f} evaluations each" in out
+        assert np.array_equal(np.load("run/samples.npy"), flow.to_uint8(want)[:, 0])
+
+def test_rectified_flow_bad_values():
+    """What cannot be solved, and a checkpoint of another file, is refused before anything is trained."""
+    bad = [("--steps", "0", "--steps"), ("--steps", "-2", "--steps"), ("--tol", "0", "--tol"), ("--tol", "-1", "--tol"),
+           ("--tol", "nan", "--tol"), ("--reflow", "-1", "--reflow"), ("--pairs", "0", "--pairs"),
+           ("--solver", "magic", "--solver")]
+    with workdir() as here:
+        words = command(flow, **inputs(here))
+        with mock.patch.object(flow, "train", autospec=True, side_effect=AssertionError("it trains")):
+            wrong = [refused(flow, [*words, f"{name}={value}"], say, here) for name, value, say in bad]
+        quiet(ddpm.train, grey(here), iters=1, batch=2, width=8, path=here / "run" / "model.pt")
+        wrong += [refused(flow, words, "ddpm.py", here)]
+        try:
+            wrong += [f"load took it: {flow.load('run/model.pt')}"]
+        except ValueError as e:
+            assert "ddpm.py" in str(e)
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+# -------------------------------------------------------------------------------------------- training, all three -----
+def at_steps(loss, table):
+    """A loss at integer steps as one at times 0 .. 1."""
+    return lambda model, x_0, eps, u: loss(model, x_0, (u * 1000).long(), eps, table).mean()
+
+LOSSES = {"ddpm": ("loss_simple", at_steps(ddpm.loss_simple, ddpm.make_schedule().to("cpu"))),
+          "ddim": ("loss_gamma", at_steps(ddim.loss_gamma, ddim.noise_tables(ddim.make_alpha_bar()))),
+          "rectified_flow": ("loss_flow", lambda model, x, noise, u: flow.loss_flow(model, noise, x, u))}
+
+def has_loss(module):
+    return module.__name__ in LOSSES
+
+@each(has_loss)
+def test_training_learns(module):
+    """On one image, 200 steps of a tiny network cut its loss, and the averaged network profits."""
+    images = module.draw_digits(4, 8)[3:].repeat(4, 1, 1, 1)
+    with workdir() as here:
+        average = quiet(module.train, images, iters=200, batch=8, width=8, path=here / "model.pt")
+        first, last = (float(row.split(",")[1]) for row in (here / "log.csv").read_text().split()[1:])
+    assert last < 0.7 * first, (first, last)
+    x, noise = module.to_float(images[:1]).repeat(100, 1, 1, 1), normal(100, 1, 8, 8).float()
+    measure = lambda model: LOSSES[module.__name__][1](model, x, noise, torch.arange(0.005, 1, 0.01))
+    assert measure(average) < 0.5 * measure(lambda x, t: 0 * x)
+
+@each(has_loss)
+def test_training_averages_the_weights(module):
+    """The average lies among the weights that training passed, near the last at first, with more memory later."""
+    name = LOSSES[module.__name__][0]
+    images, real = module.draw_digits(8, 8), getattr(module, name)
+    flat = lambda parameters: torch.cat([p.detach().flatten() for p in parameters]).double()
+    for iters in 1, 20:
+        passed = []
+
+        def loss(model, *args, passed=passed):
+            passed.append(flat(model.parameters()))
+            return real(model, *args)
+
+        with workdir() as here, mock.patch.object(module, name, loss):
+            average = quiet(module.train, images, iters=iters, batch=2, width=8, path=here / "model.pt")
+            last = torch.load(here / "model.pt", weights_only=True)["parts"][0]
+            loaded = module.load(here / "model.pt")
+        same(average.state_dict(), loaded.state_dict())
+        steps = torch.stack([*passed, flat(last[name] for name, _ in average.named_parameters())])
+        a = flat(average.parameters())
+        assert (steps.amin(0) - 1e-6 < a).all() and (a < steps.amax(0) + 1e-6).all()  # float32
+        assert 0 < (a - steps[-1]).norm() < 0.5 * (a - steps[0]).norm()  # the beginning is soon forgotten
+    assert (a - steps[-1]).norm() > 2 * (steps[-1] - steps[-2]).norm()  # by now it lags some steps behind
+
+@each(has_loss)
+def test_training_seed(module):
+    """The same seed trains the same bits, another seed others."""
+    images = module.draw_digits(8, 8)
+    train = lambda seed: quiet(module.train, images, iters=3, batch=2, width=8, seed=seed).state_dict()
+    one, again, other = map(train, (1, 1, 2))
+    same(dict(one), dict(again))
+    assert not any(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+
+@each(has_loss)
+def test_training_wants_squares(module):
+    """train() says at once that it cannot take images that are not square, and in which shape they came."""
+    try:
+        raise AssertionError(f"it trained: {module.train(torch.zeros(4, 1, 8, 12, dtype=torch.uint8), iters=1)}")
+    except ValueError as e:
+        assert "12x8" in str(e)
 
 # --------------------------------------------------------------------------------------------------------- runner -----
 def main(words):
