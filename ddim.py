@@ -46,6 +46,9 @@ Differs from the paper in: tau ends on T-1 (its code counts up from 0: S = 50 st
 cut unless clip=False (its DDIM sampler does not); a small network; small t are drawn more often in training, with
 weights that leave the mean (2) as it is; the average of the weights remembers little at first; the learning rate falls
 to zero.
+
+python ddim.py --data mnist --steps 50 --samples 2000    166 s of training and 22 s of sampling on two cores; fd 45.3
+python ddim.py --model out/ddpm/model.pt --steps 20      samples what ddpm.py has trained; seconds
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
 import urllib.request, zlib

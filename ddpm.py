@@ -46,6 +46,9 @@ The guess of x_0 is cut to -1 .. 1 inside (6), as in the authors' code; clip=Fal
 Differs from the paper in: a small network without dropout or attention; small t are drawn more often, with weights that
 leave the mean (7) as it is and lower its variance; the average of the weights remembers little at first; the learning
 rate falls to zero.
+
+python ddpm.py --data mnist --samples 2000      166 s of training and 441 s of sampling on two cores; fd 30.0
+python ddpm.py --variance small                 the same model with the other sigma_t^2; seconds for 64 samples
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
 import urllib.request, zlib
