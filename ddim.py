@@ -514,9 +514,10 @@ def main(argv=None):
             raise ValueError(f"--eta {args.eta}: must be 0 .. 1")
         model = load(args.model, device) if args.model else None
         channels, size = model.shape[:2] if args.model else (args.channels, args.size)
+        images = None if args.model else load_images(args.data, size, channels)
         x_0 = load_images(args.data, size, channels, test=True)[:16].to(device).float() / 127.5 - 1
         if model is None:
-            images, path = load_images(args.data, size, channels), args.out / "model.pt"
+            path = args.out / "model.pt"
             print(f"{len(images)} images of {size}x{size}x{channels} from {args.data}, on {device}")
             settings = args.iters, args.batch, args.lr, args.width, device, args.seed
             train(images, *settings, path, args.fresh, args.compile)
