@@ -47,7 +47,7 @@ Differs from the paper in: a small network without dropout or attention; small t
 leave the mean (7) as it is and lower its variance; the average of the weights remembers little at first; the learning
 rate falls to zero.
 
-python ddpm.py --data mnist --samples 2000      166 s of training and 441 s of sampling on two cores; fd 30.0
+python ddpm.py --data mnist --samples 2000      168 s of training and 441 s of sampling on two cores; fd 30.0
 python ddpm.py --variance small                 the same model with the other sigma_t^2; seconds for 64 samples
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
