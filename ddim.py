@@ -225,7 +225,7 @@ def draw_digits(n, size=28, seed=0):
         tile = Image.new("L", (2 * side, 2 * side))
         ImageDraw.Draw(tile).text((side, side), str(digit), 255, font, "mm", stroke_width=stroke * size // 28)
         glyphs[digit, stroke, 0] = torch.from_numpy(np.array(tile.reduce(2)))
-    spread = torch.tensor([[0.2, 0.3, 0.12], [0.2, 0.15, 0.12]])
+    spread = torch.tensor([[0.12, 0.15, 0.06], [0.1, 0.12, 0.06]])
     maps = torch.eye(2, 3) + spread * (2 * torch.rand(n, 2, 3, generator=g) - 1)
     for i in torch.arange(n).split(1000):
         grid = F.affine_grid(maps[i], (len(i), 1, side, side), align_corners=False)
