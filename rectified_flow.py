@@ -69,11 +69,12 @@ def interpolate(x_0, x_1, t):
 
 def loss_flow(model, x_0, x_1, t):
     """The loss that is trained, a scalar: the mean over images and pixels. t: (N,)."""
+    # The v that makes it least is (3).
     return F.mse_loss(model(interpolate(x_0, x_1, t), t), x_1 - x_0)  # (2)
 
 def velocity(model, z, t):
     """dz / dt at a float t."""
-    return model(z, torch.full((len(z),), t, device=z.device))  # (3) (4)
+    return model(z, torch.full((len(z),), t, device=z.device))  # (4)
 
 @torch.inference_mode()
 def euler(model, z, steps):
