@@ -321,12 +321,13 @@ def save_samples(out, x):
     write(out / "samples.npy", file.getvalue())
     save_grid(out / "samples.png", x[:64])
 
-def save_checkpoint(path, method, settings, parts, done, log):
-    """parts: what has a state_dict; log: rows (iteration, loss), which also go into log.csv."""
+def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",)):
+    """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
     file, state = io.BytesIO(), [part.state_dict() for part in parts]
     torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
     write(path, file.getvalue())
-    write(path.with_name("log.csv"), "\n".join(["iteration,loss", *(f"{i},{v:.6f}" for i, v in log), ""]).encode())
+    rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
+    write(path.with_name("log.csv"), "".join(",".join(row) + "\n" for row in rows).encode())
 
 def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
