@@ -25,7 +25,7 @@ torch.set_num_threads(1)  # faster for networks as small as these
 NAMES = "gan vae nice realnvp pixelcnn cpc bpe word2vec rnn ddpm ddim rectified_flow checkpointing".split()
 SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(HERE.glob("*.py")) if path.stem != "test_all"}
 MODULES = {name: importlib.import_module(name) for name in SOURCES if name in NAMES}
-ddpm, ddim, flow = (MODULES[name] for name in ("ddpm", "ddim", "rectified_flow"))
+ddpm, ddim, flow, nice = (MODULES[name] for name in ("ddpm", "ddim", "rectified_flow", "nice"))
 
 # ------------------------------------------------------------------------------------------------------- helpers -----
 def each(applies=lambda module: True):
@@ -105,7 +105,8 @@ def options(module):
     """{"--name": its action} of the file's command line, --help left out."""
     return {a.option_strings[-1]: a for a in parse(module, [])[1]._actions if a.dest != "help"}
 
-TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--out": "run"}
+TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--inpaint": 2,
+        "--out": "run"}
 
 def command(module, **flags):
     """The words of a run that takes seconds, from TINY and flags as far as the file knows them."""
@@ -226,7 +227,7 @@ def test_repo_alone(module):
         assert child.returncode == 0 and not child.stderr, child.stderr
         assert child.stdout.startswith("imported\n"), child.stdout  # the first that was said
         assert str(Path("run")) in child.stdout.splitlines()[-1], "the last line does not say where the files are"
-        assert sorted(os.listdir()) == [f"{module.__name__}.py", "run"]
+        assert set(os.listdir()) == {f"{module.__name__}.py", "run"}
         assert not list(here.rglob("*.part"))
         if has_images(module):
             check_run_folder(here / "run", (2, 8, 8))
@@ -276,7 +277,7 @@ def definitions(source):
     visit(ast.parse(source).body)
     return found
 
-def drift(sources, exempt=("train", "sample", "load", "main")):
+def drift(sources, exempt=("train", "sample", "load", "main", "log_prob")):
     """The unified diffs of all names that two or more files define, and not alike."""
     diffs, first = [], {}
     for file, source in sources.items():
@@ -456,7 +457,8 @@ def test_repo_bad_values(module):
     bad = [("--iters", "0", "--iters"), ("--samples", "0", "--samples"), ("--batch", "0", "--batch"),
            ("--batch", "many", "--batch"), ("--lr", "fast", "--lr"), ("--device", "nonsense", "nonsense"),
            ("--device", "cuda" if not torch.cuda.is_available() else "cuda:99", "cuda"), ("--size", "0", "--size"),
-           ("--channels", "2", "--channels"), ("--width", "0", "--width"), ("--bound", "-1", "--bound"), ("--seed", "x", "--seed")]
+           ("--channels", "2", "--channels"), ("--width", "0", "--width"), ("--bound", "-1", "--bound"),
+           ("--seed", "x", "--seed")]
     bad += [("--size", "30", "size 30"), ("--width", "12", "width 12")] if hasattr(module, "UNet") else []
     with workdir() as here:
         flags = inputs(here)
@@ -1836,19 +1838,1374 @@ def test_rectified_flow_bad_values():
             assert "ddpm.py" in str(e)
     assert not any(wrong), "\n".join(filter(None, wrong))
 
-# -------------------------------------------------------------------------------------------- training, all three -----
+# ------------------------------------------------------------------------------------------------------------ vae -----
+vae = MODULES["vae"]
+
+class LinearGaussian:
+    """x = W z + b + s noise, six numbers from three: all is known of it. Its q is the posterior, or not."""
+    def __init__(self, seed, exact):
+        W, self.b, self.s, one = normal(6, 3, seed=seed), normal(6, seed=seed + 9), 0.7, torch.eye(6).double()
+        self.W = torch.linalg.qr(W)[0] * torch.tensor([0.5, 1.0, 2.0]).double() if exact else W
+        self.marginal = D.MultivariateNormal(self.b, self.W @ self.W.T + self.s**2 * one)
+        self.cov = torch.linalg.inv(one[:3, :3] + self.W.T @ self.W / self.s**2)  # of z given x
+        wide = torch.linalg.eigvalsh(self.cov)[-1] * torch.tensor([1.1, 1.3, 1.6]).double()
+        self.log_var = (self.cov.diagonal() if exact else wide).log()  # wide enough that no weight is huge
+        self.off, self.asked = 0.0 if exact else 0.2, []
+
+    def posterior(self, x):
+        return D.MultivariateNormal((x - self.b) @ self.W @ self.cov / self.s**2, self.cov)
+
+    def encode(self, x):
+        self.asked.append("encode")
+        mu = self.posterior(x).mean + self.off
+        return mu, self.log_var.expand_as(mu)
+
+    def log_likelihood(self, x, z):
+        self.asked.append(len(x))
+        return D.Normal(z @ self.W.T + self.b, self.s).log_prob(x).sum(1)
+
+def wakened(*shape, seed=0):
+    """A VAE whose weights are as if trained, in float64 and eval mode; zeros and ones in its images' shape, five."""
+    model = woken(vae.VAE(*shape), seed).double().requires_grad_(False).eval()
+    return model, (normal(5, *model.shape, seed=seed) > 0).double()
+
+def cubature(model, x, f):
+    """The mean of f(model, x, eps), exact if in eps it is a polynomial of degree three at most."""
+    points = 3**0.5 * torch.cat([torch.eye(3), -torch.eye(3)]).double()
+    return torch.stack([f(model, x, eps.expand(len(x), 3)) for eps in points]).mean(0)
+
+def refuses(say, function, *args, **kwargs):
+    """The function raises a ValueError that says so."""
+    try:
+        raise AssertionError(f"it took {args}: {function(*args, **kwargs)}")
+    except ValueError as e:
+        assert re.search(say, str(e)), e
+
+def test_vae_binarise():
+    """(8): each byte k becomes 1 as often as k / 255, 0 never and 255 always, pixel by pixel, anew at each call."""
+    n = 4000
+    images, p = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), torch.arange(256).double() / 255
+    for seed in SEEDS:
+        x = vae.binarise(images.expand(n, -1, -1, -1), torch.Generator().manual_seed(seed))
+        assert x.shape == (n, 1, 16, 16) and x.dtype == torch.float32 and set(x.unique().tolist()) == {0, 1}
+        ones = x.double().mean(0).flatten()
+        near((ones - p) / ((p * (1 - p) / n).sqrt() + 1e-9), 0, 5)  # 5 standard errors: 768 comparisons; the ends exact
+        rest = (x.double().flatten(1) - p)[:, 1:-1] / (p * (1 - p))[1:-1].sqrt()
+        near((rest[:, 1:] * rest[:, :-1]).mean(0), 0, 5.5 / n**0.5)  # neighbours are drawn apart
+        near((rest[1:] * rest[:-1]).mean(0), 0, 5.5 / n**0.5)
+    again = vae.binarise(images.expand(n, -1, -1, -1), torch.Generator().manual_seed(seed))
+    assert torch.equal(x, again)
+    torch.manual_seed(0)
+    one, two = vae.binarise(images), vae.binarise(images)
+    assert not torch.equal(one, two)
+    for floats in images / 255, vae.to_float(images):
+        refuses("uint8.*float32", vae.binarise, floats)
+
+def test_vae_reparameterise():
+    """(4): z has the law of q, and averages over eps have the gradients of their closed forms."""
+    nodes, weights = (torch.from_numpy(v).view(-1, 1) for v in np.polynomial.hermite_e.hermegauss(60))
+    weights = weights / weights.sum()  # averages over N(0, 1), to all digits
+    for seed in SEEDS:
+        mu, log_var = normal(2, 1, 7, seed=seed).requires_grad_()
+        sigma = (log_var / 2).exp()
+        closed = {"square": mu**2 + sigma**2, "cos": mu.cos() * (-(sigma**2) / 2).exp(),
+                  "exp": (mu + sigma**2 / 2).exp()}
+        for name, want in closed.items():
+            z = vae.reparameterise(mu, log_var, nodes)
+            assert z.shape == (60, 7)
+            got = (weights * getattr(torch, name)(z)).sum(0)
+            near(got.detach(), want[0].detach(), 1e-9, 1e-9)
+            for a, b in zip(*(torch.autograd.grad(v.sum(), (mu, log_var), retain_graph=True) for v in (got, want))):
+                near(a, b, 1e-9, 1e-9)
+                assert (b != 0).all()
+    n = 100_000
+    z = vae.reparameterise(mu.detach(), log_var.detach(), normal(n, 7))
+    near(z.mean(0), mu.detach()[0], 5 * sigma.max().item() / n**0.5)
+    near(z.var(0) / sigma.detach()[0] ** 2, 1, 5 * (2 / n) ** 0.5)
+
+def test_vae_kl():
+    """(5): against torch's own, summed over the latents, and against its definition by Monte Carlo; 0 at the prior."""
+    n = 100_000
+    for seed in SEEDS:
+        mu, log_var = normal(2, 5, 3, seed=seed)
+        q, p = D.Normal(mu, (log_var / 2).exp()), D.Normal(torch.zeros(3).double(), 1.0)
+        got = vae.kl_normal(mu, log_var)
+        assert got.shape == (5,)
+        near(got, D.kl_divergence(q, p).sum(1), 0, 1e-12)
+        z = q.loc + q.scale * normal(n, 5, 3, seed=seed + 9)
+        draws = (q.log_prob(z) - p.log_prob(z)).sum(2)
+        assert ((got - draws.mean(0)).abs() < 4.5 * draws.std(0) / n**0.5).all()
+        assert (draws.std(0) / n**0.5 < 0.02 * got).all()  # so that this says something
+    near(vae.kl_normal(0 * mu, 0 * log_var), 0)
+
+def test_vae_log_bernoulli():
+    """(6): against torch's own; all 64 images of six pixels share out all probability; far out it stays right."""
+    for seed, shape in itertools.product(SEEDS, ((4, 1, 5, 5), (3, 3, 4, 4), (2, 7))):
+        logits, x = 4 * normal(*shape, seed=seed), (normal(*shape, seed=seed + 9) > 0).double()
+        want = D.Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
+        near(vae.log_bernoulli(x, logits), want, 1e-6)  # beyond 20 softplus is a straight line
+        near(vae.log_bernoulli(x.float(), logits.float()), want, 1e-4)
+        twice = vae.log_bernoulli(torch.cat([x, x], -1), torch.cat([logits, logits], -1))
+        near(twice, 2 * want, 1e-6)  # a sum over the pixels and no mean
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 6).view(64, 1, 2, 3)
+    near(vae.log_bernoulli(every, normal(1, 1, 2, 3)).exp().sum(), 1, 1e-12)
+    for far in 30.0, 100.0, 1e4:
+        logits, x = torch.tensor([[far], [-far], [far], [-far]]), torch.tensor([[1.0], [0.0], [0.0], [1.0]])
+        near(vae.log_bernoulli(x, logits), torch.tensor([0, 0, -far, -far]), 1e-9)
+
+def test_vae_elbo_of_a_known_model():
+    """(3): for a linear model it is log p(x) - KL(q || p(z|x)), and its parts are their closed forms."""
+    for seed, exact in itertools.product(SEEDS, (True, False)):
+        model = LinearGaussian(seed, exact)
+        x = 2 * normal(4, 6, seed=seed)
+        mu, log_var = model.encode(x)
+        mean = functools.partial(cubature, model, x)
+        gap = D.kl_divergence(D.MultivariateNormal(mu, torch.diag_embed(log_var.exp())), model.posterior(x))
+        near(mean(vae.elbo), model.marginal.log_prob(x) - gap, 1e-10)
+        assert (gap.abs() < 1e-12).all() if exact else (gap > 0.1).all()
+        spread = ((model.W**2) @ log_var[0].exp()).sum() / (2 * model.s**2)
+        fit = D.Normal(mu @ model.W.T + model.b, model.s).log_prob(x).sum(1) - spread
+        kl = D.kl_divergence(D.Normal(mu, (log_var / 2).exp()), D.Normal(0.0, 1.0)).sum(1)
+        near(mean(lambda *args: torch.stack(vae.elbo_parts(*args))), torch.stack([fit, kl]), 1e-10)
+        n = 20_000
+        torch.manual_seed(seed)
+        draws = vae.elbo(model, x[:1].expand(n, 6))  # with eps of its own
+        near(draws.mean(), mean(vae.elbo)[0], 4.5 * draws.std() / n**0.5 + 1e-9)
+        assert draws.shape == (n,) and len(draws.unique()) > n / 2
+
+def test_vae_loss():
+    """(3), (7): the loss of the network against torch's own laws; more of the same images do not change it."""
+    for seed, shape in itertools.product(SEEDS, ((1, 6, 8, 3), (3, 4, 8, 2))):
+        model, x = wakened(*shape, seed=seed)
+        eps = normal(5, shape[-1], seed=seed + 9)
+        mu, log_var = model.encode(x)
+        q = D.Normal(mu, (log_var / 2).exp())
+        fit = D.Bernoulli(logits=model.decode(q.loc + q.scale * eps)).log_prob(x).sum((1, 2, 3))
+        kl = D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(1)
+        near(torch.stack(vae.elbo_parts(model, x, eps)), torch.stack([fit, kl]), 1e-6)
+        near(vae.elbo(model, x, eps), fit - kl, 1e-6)
+        want = [(kl - fit).mean(), fit.mean(), kl.mean()]
+        for copies in 1, 2, 5:
+            near(vae.loss_elbo(model, x.repeat(copies, 1, 1, 1), eps.repeat(copies, 1)), want, 1e-6)
+
+def test_vae_loss_in_training():
+    """(7): the loss that train() logs is in nats per image whatever the batch, and the parts stand beside it."""
+    images, logged = 255 * torch.ones(3, 1, 8, 8, dtype=torch.uint8), {}  # nothing to draw, white is white
+    for batch in 2, 200:
+        with workdir() as here:
+            quiet(vae.train, images, iters=30, batch=batch, lr=1e-12, width=8, latent=2, path=here / "model.pt")
+            head, row = (line.split(",") for line in (here / "log.csv").read_text().split())
+        assert head == ["iteration", "loss", "reconstruction", "kl"]
+        loss, fit, kl = logged[batch] = [float(v) for v in row[1:]]
+        near(loss, kl - fit, 1e-5)
+    near(logged[2], logged[200], 0.2)
+    near(logged[2][1], -64 * math.log(2), 6)  # untrained, a pixel may be either
+
+def test_vae_bound_of_a_known_posterior():
+    """(9): if q is the posterior, every draw weighs the same: the bound is log p(x) for each K, and so is the ELBO."""
+    for seed in SEEDS:
+        model = LinearGaussian(seed, exact=True)
+        x = 2 * normal(4, 6, seed=seed)
+        want = model.marginal.log_prob(x)
+        for k, chunk in itertools.product((1, 2, 7, 500), (1, 10, 2000)):
+            near(vae.log_prob(model, x, k, torch.Generator().manual_seed(seed), chunk), want, 1e-10)
+        near(cubature(model, x, vae.elbo), want, 1e-10)
+
+def test_vae_bound_rises():
+    """(9): with a poorer q the bound starts at the ELBO, rises with K, reaches log p(x); the mean of w_k is p(x)."""
+    n, counts = 4000, (1, 2, 4, 16, 64, 256)
+    for seed in SEEDS:
+        model, generator = LinearGaussian(seed, exact=False), torch.Generator().manual_seed(seed)
+        x = 2 * normal(1, 6, seed=seed)
+        log_p, x = model.marginal.log_prob(x), x.expand(n, 6)
+        torch.manual_seed(seed)
+        elbo, *bounds = vae.elbo(model, x), *(vae.log_prob(model, x, k, generator) for k in counts)
+        mean, error = zip(*((b.mean().item(), b.std().item() / n**0.5) for b in (elbo, *bounds)))
+        near(mean[0], mean[1], 4.5 * math.hypot(error[0], error[1]))
+        for i in range(1, 5):  # beyond it is there
+            assert mean[i + 1] - mean[i] > 3 * math.hypot(error[i], error[i + 1]), (seed, counts[i], mean, error)
+        assert 0.1 < log_p - mean[1] and abs(log_p - mean[-1]) < 0.02, (log_p, mean)
+        for bound in bounds:
+            ratio = (bound - log_p).exp()
+            near(ratio.mean(), 1, 4.5 * ratio.std() / n**0.5)
+        near(vae.log_prob(model, x[:2], 50_000, generator, 50_000), log_p, 0.02)
+
+def test_vae_bound_uses_every_draw():
+    """(9): in pieces of any size, the K draws of each image and no others, each weighed as torch's laws say."""
+    real = torch.randn
+    randn = lambda *shape, **kwargs: drawn.append(real(*shape, **kwargs)) or drawn[-1]
+    for (k, n), chunk in itertools.product(((1, 1), (7, 3), (20, 3), (20, 1)), (1, 6, 9, 2000)):
+        model, x, drawn = LinearGaussian(k, exact=False), normal(n, 6, seed=k), []
+        mu, log_var = model.encode(x)
+        del model.asked[:]
+        state = torch.get_rng_state()
+        with mock.patch.object(torch, "randn", randn):
+            got = vae.log_prob(model, x, k, torch.Generator().manual_seed(1), chunk)
+        assert torch.equal(state, torch.get_rng_state())  # only its own generator
+        assert model.asked[0] == "encode" and max(model.asked[1:]) <= max(n, chunk), model.asked  # once; in bounds
+        assert len(model.asked) - 1 == math.ceil(k / max(1, chunk // n))
+        eps, q = torch.cat(drawn), D.Normal(mu, (log_var / 2).exp())
+        assert eps.shape == (k, n, 3) and len(eps.unique()) == eps.numel()
+        z = q.loc + q.scale * eps
+        log_p = D.Normal(z @ model.W.T + model.b, model.s).log_prob(x).sum(2)
+        log_w = log_p + (D.Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(2)
+        assert got.shape == (n,)
+        near(got, log_w.logsumexp(0) - math.log(k), 1e-10)
+    model.log_likelihood = lambda x, z: torch.full((len(x),), -1e6).double()  # nothing underflows
+    near(vae.log_prob(model, x, 50, torch.Generator()), -1e6, 30)
+    for k in 0, -1:
+        refuses(f"k = {k}", vae.log_prob, model, x, k)
+
+def test_vae_bound_of_the_network():
+    """(9): two latents can be integrated on a grid; the bound on the network's log p(x) goes there, below it before."""
+    z = torch.linspace(-7, 7, 281, dtype=torch.float64)
+    z, area = torch.cartesian_prod(z, z), (z[1] - z[0]).item() ** 2
+    prior = D.Normal(0.0, 1.0).log_prob(z).sum(1)
+    for seed in SEEDS:
+        model, x = wakened(1, 4, 8, 2, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        every = torch.stack([prior + D.Bernoulli(logits=model.decode(z)).log_prob(v).sum((1, 2, 3)) for v in x])
+        log_p = every.logsumexp(1) + math.log(area)
+        one, many = (vae.log_prob(model, x.repeat(50, 1, 1, 1), k, generator).view(50, 5) for k in (1, 500))
+        assert one.mean() < many.mean() < log_p.mean() + 0.01
+        assert ((many.mean(0) - log_p).abs() < 5 * many.std(0) / 50**0.5 + 0.01).all()  # and a bias like 1/K
+
+def test_vae_active_latents():
+    """(10): in use is where mu varies over the images by more than 0.01, whatever its mean; one image has none."""
+    for n in 2, 1001:
+        mu = normal(n, 4)
+        mu = (mu - mu.mean(0)) / mu.std(0, correction=0) * torch.tensor([0.0099, 0.0101, 1.0, 0.0]).sqrt() + 3
+        assert vae.active_latents(mu).tolist() == [False, True, True, False]
+    assert not vae.active_latents(normal(1, 4)).any()
+
+def test_vae_latent_plane():
+    """(11): the normal CDF of the points is an even grid, in each latent and all together."""
+    for side in 1, 2, 20:
+        z = vae.latent_plane(side).double()
+        even = (torch.arange(side).double() + 0.5) / side
+        near(D.Normal(0.0, 1.0).cdf(z), torch.stack([even.repeat_interleave(side), even.repeat(side)], 1), 1e-6)
+
+def test_vae_network():
+    """(2): any size and channels; no image sees its neighbours; each weight counts; what is not binary is refused."""
+    for channels, size, latent in itertools.product((1, 3), (1, 7, 8, 28), (1, 4)):
+        model, x = wakened(channels, size, 8, latent)
+        assert model.shape == (channels, size, size) and model.latent == latent
+        (mu, log_var), z = model.encode(x), normal(5, latent)
+        assert mu.shape == log_var.shape == (5, latent) and model.decode(z).shape == x.shape
+        near(torch.stack(model.encode(x[1:2]))[:, 0], torch.stack([mu, log_var])[:, 1], 1e-12)
+        near(model.decode(z[1:2])[0], model.decode(z)[1], 1e-12)
+        near(model.log_likelihood(x, z), D.Bernoulli(logits=model.decode(z)).log_prob(x).sum((1, 2, 3)), 1e-5)
+        model.requires_grad_(True).train()
+        (vae.loss_elbo(model, x, z)[0]).backward()
+        for name, p in model.named_parameters():
+            assert p.grad.any() and (size < 7 or p.dim() == 1 or (p.grad != 0).double().mean() > 0.9), name
+    model, x = wakened(1, 4, 8, 2)
+    for odd in -1.0, 0.5, 1.5, math.nan, math.inf:
+        bad = x.clone()
+        bad[3, 0, 1, 2] = odd
+        for use in vae.elbo, vae.elbo_parts, functools.partial(vae.log_prob, k=2):
+            refuses(f"binarise.* {odd:g} ", use, model.eval(), bad)
+        assert len(vae.elbo(model.train(), bad)) == 5  # in training no step waits for the check
+    refuses("binarise", vae.elbo, model.eval(), 2 * x - 1)
+
+def test_vae_sample():
+    """(1): z is N(0, I), new for each image and seed; the pictures are chances, -1 for never and 1 for always."""
+    model, _ = wakened(1, 1, 8, 1)
+    model.float().decode = lambda z: z.view(-1, 1, 1, 1)
+    draw = functools.partial(vae.sample, model)
+    for seed in SEEDS:
+        y = (draw(20_000, seed).double() + 1) / 2
+        z = (y / (1 - y)).log()
+        near(z.mean(), 0, 5 / 20_000**0.5)
+        near(z.var(), 1, 5 * (2 / 20_000) ** 0.5)
+        assert y.shape == (20_000, 1, 1, 1) and len(z.unique()) > 19_000
+    assert torch.equal(draw(7, 1), draw(7, 1)) and not torch.equal(draw(7, 1), draw(7, 2))
+    near(draw(7, 1, chunk=3), draw(7, 1), 1e-6)
+    model, _ = wakened(3, 4, 8, 2)
+    want = 2 / (1 + (-model.decode(normal(6, 2))).exp()) - 1
+    near(vae.chances(model, normal(6, 2)), want, 1e-12)
+    assert vae.sample(model.float(), 5).shape == (5, 3, 4, 4)
+
+def test_vae_evaluate():
+    """The test's numbers are those of the functions, for all images, chunk by chunk, the same at each call."""
+    model, x = wakened(1, 4, 8, 2)
+    model, x = model.float(), x.float().repeat(5, 1, 1, 1)[:23]
+    drawn, real = [], vae.elbo_parts
+    with mock.patch.object(vae, "elbo_parts", lambda *args: drawn.append(args) or real(*args)):
+        nats = quiet(vae.evaluate_elbo, model, x, chunk=10)
+    assert nats.shape == (23, 2) and [len(part) for _, part, _ in drawn] == [10, 10, 3]
+    _, parts, eps = zip(*drawn)
+    assert torch.equal(torch.cat(parts), x) and len(torch.cat(eps).unique()) == 46
+    near(nats, torch.stack(real(model, x, torch.cat(eps)), 1), 1e-4)
+    assert torch.equal(nats, quiet(vae.evaluate_elbo, model, x, chunk=10))
+    assert not torch.equal(nats, quiet(vae.evaluate_elbo, model, x, seed=1, chunk=10))
+    nats = quiet(vae.evaluate_elbo, model, x, 1000, chunk=10)
+    assert nats.shape == (23, 3)
+    near(nats[:, 2], vae.log_prob(model, x, 1000), 0.5)
+
+def test_vae_training_draws():
+    """(8): training sees all images, as zeros and ones, drawn anew each time that an image comes."""
+    images, seen = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 1, 8, 8), []
+
+    def loss(model, x, eps=None):
+        seen.append(x)
+        return 0 * next(model.parameters()).sum() + torch.zeros(3)
+
+    with mock.patch.object(vae, "loss_elbo", loss):
+        quiet(vae.train, images, iters=300, batch=10, width=8)
+    x = torch.cat(seen)
+    assert x.shape == (3000, 1, 8, 8) and set(x.unique().tolist()) == {0, 1}
+    ones = x.double().mean((1, 2, 3))
+    for p, low, high in (0.0, -1, 0.03), (0.2, 0.03, 0.3), (0.4, 0.3, 0.65), (1.0, 0.97, 2):
+        kind = ones[(ones >= low) & (ones < high)]
+        near(len(kind), 750, 5 * 25)  # a quarter of all; 0.3 is two deviations from either of its neighbours
+        near(kind.mean(), p, 0.02)
+    grey = x[(ones > 0.03) & (ones < 0.97)].flatten(1)
+    assert len(grey.unique(dim=0)) == len(grey)  # never the same twice
+
+def test_vae_training_learns():
+    """On a few digits, 300 steps of a tiny network cut the loss, and the averaged network profits."""
+    images = vae.draw_digits(4, 8)
+    with workdir() as here:
+        average = quiet(vae.train, images, iters=300, batch=8, lr=5e-3, width=64, latent=4, path=here / "model.pt")
+        first, *_, last = (float(row.split(",")[1]) for row in (here / "log.csv").read_text().split()[1:])
+    x = vae.binarise(images.repeat(100, 1, 1, 1))
+    assert last < 0.7 * first and -vae.elbo(average, x).mean() < 0.7 * first, (first, last)
+    mu = average.encode(x)[0].view(100, 4, -1)
+    assert (mu.mean(0).var(0) > mu.var(0).mean(0)).any()  # some latent tells the digits apart
+
+def test_vae_training_averages_the_weights():
+    """What is returned and loaded is the moving average of all weights, whose memory grows; the seed decides it."""
+    flat = lambda parameters: torch.cat([p.detach().flatten() for p in parameters]).double()
+    images, real, passed = vae.draw_digits(8, 8), vae.loss_elbo, []
+    with workdir() as here:
+        spy = lambda model, x: passed.append(flat(model.parameters())) or real(model, x)
+        with mock.patch.object(vae, "loss_elbo", spy):
+            average = quiet(vae.train, images, iters=20, batch=2, lr=0.1, width=8, path=here / "model.pt")
+        last, _, _ = torch.load(here / "model.pt", weights_only=True)["parts"]
+        loaded = vae.load(here / "model.pt")
+    want = passed[0]
+    for i, weights in enumerate([*passed[1:], flat(last.values())]):
+        memory = min(0.995, (1 + i) / (10 + i))
+        want = memory * want + (1 - memory) * weights
+    near(flat(average.parameters()), want, 1e-6)
+    assert (want - weights).norm() > 0.01 * weights.norm()  # so that this says something
+    same(average.state_dict(), loaded.state_dict())
+    assert not loaded.training and not average.training and loaded.shape == (1, 8, 8)
+    train = functools.partial(quiet, vae.train, images, iters=20, batch=2, lr=0.1, width=8)
+    again, other = (train(seed=seed).state_dict() for seed in (0, 1))
+    same(dict(average.state_dict()), dict(again))
+    assert not any(torch.equal(again[name], other[name]) for name in again)
+
+def test_vae_command():
+    """The run's figures and pictures are those of its model on the whole test set, binarised alike for every --seed."""
+    sets, real, real_load = [], vae.evaluate_elbo, vae.load
+    load = lambda path, device="cpu": woken(real_load(path, device))  # as if trained: each image its own code
+
+    def evaluate(model, x, *args):
+        sets.append(x)
+        return real(model, x, *args)
+
+    with workdir() as here, mock.patch.multiple(vae, evaluate_elbo=evaluate, load=load):
+        grey(here, 300)
+        for seed in 4, 5:
+            words = command(vae, data="pics", seed=seed, samples=3, out=f"run{seed}", latent=2, nll=50 * (seed == 4))
+            status, out, err = call(vae, words)
+            assert (status, err) == (0, ""), err
+            assert ("draws" in out) == (seed == 4)
+            model = vae.load(Path(f"run{seed}", "model.pt"))
+            figures = [[float(v) for v in re.findall(r"-?\d+\.\d+", line)] for line in out.splitlines()[3:-1]]
+            nats = quiet(real, model, sets[-1], 50 * (seed == 4)).double()
+            values = torch.cat([nats[:, :1] - nats[:, 1:2], nats], 1)
+            mean, error = values.mean(0), values.std(0, correction=0) / 30**0.5
+            near(figures[0], [mean[0], error[0], mean[1], mean[2]], 0.0051)  # two digits
+            near(figures[1] if seed == 4 else [], [mean[3], error[3]] if seed == 4 else [], 0.0051)
+            mu = model.encode(sets[-1])[0]
+            assert f"{(mu.var(0, correction=0) > 0.01).sum()} of 2 latents" in out
+            run = Path(f"run{seed}")
+            assert np.array_equal(np.load(run / "samples.npy"), vae.to_uint8(vae.sample(model, 3, seed))[:, 0])
+        assert torch.equal(*sets) and len(sets[0]) == 30
+        near(sets[0].mean(), vae.load_images("pics", 8, test=True).double().mean() / 255, 0.05)
+        shown, pictures = torch.arange(32) % 30, lambda z: vae.to_uint8(2 * model.decode(z).sigmoid() - 1)[:, 0].numpy()
+        pairs, walk = tiles(run / "reconstructions.png", 8, 8), tiles(run / "walk.png", 8, 10).reshape(8, 10, 8, 8)
+        assert np.array_equal(pairs[::2], vae.to_uint8(2 * sets[1][shown] - 1)[:, 0])
+        alike(pairs[1::2], pictures(mu[shown]))
+        assert np.array_equal(walk[:, 0], pairs[:32:4]) and np.array_equal(walk[:, 9], pairs[2:32:4])
+        for i, share in enumerate(np.linspace(0, 1, 8)):
+            alike(walk[:, 1 + i], pictures((1 - share) * mu[:16:2] + share * mu[1:16:2]))
+        u = (np.arange(20) + 0.5) / 20
+        z = D.Normal(0.0, 1.0).icdf(torch.tensor([(a, b) for a in u for b in u]).float())
+        alike(tiles(run / "manifold.png", 8, 20), pictures(z))
+        assert len(np.unique(pairs[1::2], axis=0)) > 20  # so that a mix-up would be seen
+
+def test_vae_bad_values():
+    """What cannot be is refused: flags, images that are not square, a checkpoint of another file or another latent."""
+    with workdir() as here:
+        words, bad = command(vae, **inputs(here)), (("--latent", "0"), ("--nll", "-1"), ("--nll", "few"))
+        with mock.patch.object(vae, "train", autospec=True, side_effect=AssertionError("it trains")):
+            wrong = [refused(vae, [*words, f"{name}={value}"], name, here) for name, value in bad]
+        assert call(vae, [*words, "--latent", "3"])[0] == 0
+        wrong += [refused(vae, [*words, "--latent", "2"], "latent 3, not 2.*--fresh", here)]
+        assert not (here / "run" / "manifold.png").exists()
+        quiet(ddpm.train, grey(here), iters=1, batch=2, width=8, path=here / "run" / "model.pt", fresh=True)
+        wrong += [refused(vae, words, "ddpm.py", here)]
+        refuses("ddpm.py", vae.load, here / "run" / "model.pt")
+    assert not any(wrong), "\n".join(filter(None, wrong))
+    refuses("12x8", vae.train, torch.zeros(4, 1, 8, 12, dtype=torch.uint8), iters=1)
+
+# ----------------------------------------------------------------------------------------------------------- nice -----
+LOGISTIC = D.TransformedDistribution(D.Uniform(*torch.tensor([0.0, 1.0], dtype=torch.float64), validate_args=False),
+                                     [D.SigmoidTransform().inv])
+SHAPES = [(1, 2), (1, 3), (2, 1), (3, 1), (3, 3), (1, 5)]  # channels and size: D = 4, 9, 2, 3, 27, 25
+
+def some_nice(channels=1, size=3, layers=2, couplings=4, seed=0, width=16):
+    """A NICE in float64 whose weights and scales are nowhere zero."""
+    return woken(nice.NICE(channels, size, width, layers, couplings), seed).double()
+
+def wary(function, *args):
+    """Its ValueError as text."""
+    try:
+        raise AssertionError(f"took it: {function(*args)}")
+    except ValueError as e:
+        return str(e)
+
+def test_nice_log_det():
+    """(1), (2), (3), (5): log_det is slogdet of autograd's Jacobian, for odd and even D and any number of couplings."""
+    jacobian = torch.autograd.functional.jacobian
+    for (channels, size), couplings in itertools.product(SHAPES, (1, 2, 3, 4, 5)):
+        model, n = some_nice(channels, size, 1 + couplings % 3, couplings, couplings), channels * size * size
+        x = normal(2, channels, size, size, seed=couplings)
+        h, log_det = model(x)
+        assert h.shape == (2, n) and log_det.shape == (2,)
+        same(h, model(x.flatten(1))[0])  # either shape of x
+        J = jacobian(lambda v, f=model: f(v)[0], x.flatten(1))  # (2, n, 2, n)
+        assert not J[0, :, 1].any() and not J[1, :, 0].any()  # no image sees another
+        J = torch.stack([J[0, :, 0], J[1, :, 1]])
+        sign, want = torch.linalg.slogdet(J)
+        near(log_det, want, 1e-10)  # float64
+        assert (sign == 1).all() and want.abs().min() > 1e-3
+        near(nice.log_prob(model, x), LOGISTIC.log_prob(h).sum(1) + want, 1e-9)
+        for i, m in enumerate(model.m):  # each coupling alone keeps volumes, and is not just a shift
+            ms = [lambda a, n=n: torch.zeros(n // 2)] * (i % 2) + [m]
+            one = jacobian(lambda v, ms=ms: nice.couple_all(v, ms), x[:1].flatten(1))[0, :, 0]
+            near(torch.linalg.slogdet(one)[1], 0, 1e-12)
+            near(one.diagonal(), 1, 1e-12)
+            assert rms(one - torch.eye(n)) > 1e-3
+
+def test_nice_couplings_by_hand():
+    """(3), (4): even numbers change odd ones, then odd ones even ones, D odd or even, worked by hand."""
+    double, square = (lambda v: 2 * v), (lambda v: v * v)
+    x = torch.tensor([[1.0, 2, 3, 4], [0, 1, 0, -1]])
+    same(nice.halves(x), (torch.tensor([[1.0, 3], [0, 0]]), torch.tensor([[2.0, 4], [1, -1]])))
+    y = [x + torch.tensor([[0.0, 2, 0, 6], [0, 0, 0, 0]]), torch.tensor([[17.0, 4, 103, 10], [1, 1, 1, -1]])]
+    for count, want in enumerate(y, 1):
+        same(nice.couple_all(x, [double, square][:count]), want)
+        same(nice.uncouple_all(want, [double, square][:count]), x)
+    same(nice.couple_all(torch.tensor([[1.0, 2, 3]]), [lambda a: a.sum(1, True), lambda b: b.repeat(1, 2)]),
+         torch.tensor([[7.0, 6, 9]]))
+    for n in range(2, 9):
+        a, b = nice.halves(torch.arange(3 * n).view(3, n))
+        assert a.is_contiguous() and b.is_contiguous() and a.shape[1] - b.shape[1] == n % 2
+        same(nice.interleave(a, b), torch.arange(3 * n).view(3, n))
+
+def test_nice_alternates():
+    """Two couplings change every number; after three each depends on every other, and not before."""
+    for n, (channels, size) in (4, (1, 2)), (9, (1, 3)), (27, (3, 3)):
+        for couplings in 1, 2, 3, 4, 5:
+            model, x = some_nice(channels, size, 1, couplings, 0, 64), normal(1, n, seed=couplings)
+            changed = nice.couple_all(x, model.m)[0] != x[0]
+            assert changed.tolist() == [i % 2 == 1 or couplings > 1 for i in range(n)], couplings
+            J = torch.autograd.functional.jacobian(lambda v, f=model: f(v)[0], x)[0, :, 0]
+            want = torch.eye(n, dtype=torch.bool)
+            want[1::2, 0::2] = True  # the first: odd of even
+            if couplings > 1:
+                want[0::2] = True
+            assert torch.equal(J != 0, want | (couplings > 2)), couplings
+
+def test_nice_inverse():
+    """(4), (5): inverse(forward(x)) is x, and the other way round, to 1e-5 in float32, at many sizes and depths."""
+    for (channels, size), couplings, seed in itertools.product([*SHAPES, (1, 28), (3, 9)], (1, 3, 4), SEEDS):
+        model = some_nice(channels, size, 3, couplings, seed).float()
+        x = torch.rand(5, channels * size * size, generator=torch.Generator().manual_seed(seed))
+        near(model.inverse(model(x)[0]), x, 1e-5)
+        h = nice.logistic(x)
+        near(model(model.inverse(h))[0], h, 1e-5, 1e-5)
+        exact = model.double()  # and more nearly in float64
+        near(exact.inverse(exact(x.double())[0]), x.double(), 1e-13)
+        assert rms(exact.inverse(h.double()) - h.double()) > 0.05
+
+def test_nice_density_integrates_to_one():
+    """(1) .. (6): the density of a flow in the plane sums to one over a grid, and is not that of the prior."""
+    axis = torch.arange(-40, 40, 0.1, dtype=torch.float64)
+    x = torch.cartesian_prod(axis, axis)
+    for seed in SEEDS:
+        model = some_nice(2, 1, 1, 3 + seed, seed, 8)
+        with torch.no_grad():
+            p, prior = nice.log_prob(model, x).exp(), LOGISTIC.log_prob(x).sum(1).exp()
+        near(p.sum() * 0.01, 1, 2e-3)  # kinks of the ReLUs, and what lies outside
+        assert (p - prior).abs().sum() * 0.01 > 0.2
+
+def test_nice_prior():
+    """(6), (7): density and draws of the logistic are torch.distributions', and finite at any input."""
+    h = torch.cat([normal(50, seed=1) * 5, torch.tensor([0.0, 30, -30, 80, -80], dtype=torch.float64)])
+    want = LOGISTIC.log_prob(h)
+    want[-4:] = torch.tensor([-30.0, -30, -80, -80])  # to 1e-13; there the formula of torch.distributions is not
+    near(nice.log_logistic(h[:, None]), want, 1e-8)  # softplus is a straight line from 20 on
+    near(nice.log_logistic(h.view(5, 11)), want.view(5, 11).sum(1), 1e-7)
+    for dtype in torch.float32, torch.float64:
+        far = torch.tensor([[1e4], [-1e4], [1e30], [-1e30]], dtype=dtype, requires_grad=True)
+        near(nice.log_logistic(far), [-1e4, -1e4, -1e30, -1e30], 0, 1e-6)
+        near(torch.autograd.grad(nice.log_logistic(far).sum(), far)[0][:, 0], [-1, 1, -1, 1], 1e-6)
+        u = torch.tensor([0, 1e-30, 1e-6, 0.25, 0.5, 0.75, 1 - 1e-6, 1], dtype=dtype)
+        drawn = nice.logistic(u)
+        assert drawn.isfinite().all() and drawn.dtype == dtype and drawn[0] < -15 and drawn[-1] > 15
+        near(drawn[2:7], LOGISTIC.icdf(u.double())[2:7], 1e-6, 1e-6)
+    for seed in SEEDS:
+        drawn = nice.logistic(torch.rand(20_000, generator=torch.Generator().manual_seed(seed))).double().sort()[0]
+        near(drawn.sigmoid(), (torch.arange(20_000) + 0.5) / 20_000, 1.9 / 20_000**0.5)  # Kolmogorov, one in 700
+        near(drawn.std(), math.pi / 3**0.5, 0.05)
+
+def test_nice_large_inputs():
+    """Inputs of 1e4 either way have a finite log_prob, what the tails of the logistic say, and finite slopes."""
+    for seed in SEEDS:
+        model = some_nice(3, 3, 2, 4, seed).float()
+        x = (1e4 * normal(6, 27, seed=seed).float()).requires_grad_()
+        nats = nice.log_prob(model, x)
+        slope, = torch.autograd.grad(nats.sum(), x)
+        assert nats.isfinite().all() and slope.isfinite().all() and slope.abs().max() > 0 and nats.max() < -1e4
+        near(nats, model.double()(x.double())[0].abs().sum(1).neg(), 100, 1e-4)
+        x = model.float().inverse(torch.full((2, 27), 1e4) * torch.tensor([[1], [-1]]))
+        near(nice.log_prob(model, x), -27e4, 0, 1e-2)
+
+def test_nice_dequantise():
+    """(8): the paper's (255 x + u) / 256 of x = k / 255; bins side by side, and each byte comes back from its own."""
+    k = torch.arange(256, dtype=torch.uint8)
+    for u in torch.tensor([0.0, 1e-3, 0.5, 0.999]):
+        x = nice.dequantise(k, u.expand(256))
+        near(x, (255 * (k.double() / 255) + u.item()) / 256, 1e-7)
+        assert torch.equal(nice.quantise(x), k) and nice.quantise(x).dtype == torch.uint8 and x.dtype == torch.float32
+    near(nice.dequantise(k, torch.ones(256))[:-1], nice.dequantise(k, torch.zeros(256))[1:], 0)
+    assert nice.quantise(torch.tensor([-3.0, -1e-9, 1.0, 7.0])).tolist() == [0, 0, 255, 255]
+    near(nice.dequantise(torch.tensor([0, 255]), torch.tensor([0.0, 1.0])), [0, 1])
+
+class Even(torch.nn.Module):
+    """The flow under which every image in 0 .. 1 is as likely as any other: h = logit(x)."""
+    def forward(self, x):
+        x = x.flatten(1).double()
+        return x.logit(), -(x * (1 - x)).log().sum(1)
+
+def test_nice_bits():
+    """(9): the paper's 1980.50 nats are 4.356 bits/dim; even noise costs 8 under the flow that makes nothing of it."""
+    near(nice.bits_per_dim(1980.50, 784), 4.356, 5e-4)
+    near(nice.bits_per_dim(torch.tensor([0.0, math.log(2), -6 * math.log(2)]), 2), [8, 7.5, 11], 1e-6)
+    k = torch.randint(256, (40, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    nats = nice.log_prob(Even(), nice.dequantise(k, torch.rand(k.shape, generator=torch.Generator().manual_seed(1))))
+    near(nats, 0, 1e-9)
+    near(nice.bits_per_dim(nats, 75), 8, 1e-9)
+
+def test_nice_bits_bound_the_bytes():
+    """(8), (9): bits/dim exceed -log2 of the bytes' exact probability, by little if a bin is small and s is not."""
+    for seed in SEEDS:
+        model, g = nice.NICE(3, 4, 8).double(), torch.Generator().manual_seed(seed)  # h = exp(s) x, independent
+        for scale, gap in (3, 1e-3), (300, 3):
+            with torch.no_grad():
+                model.s.copy_(math.log(scale) + 0.3 * normal(48, seed=seed))
+            k, s = torch.randint(256, (30, 3, 4, 4), generator=g), model.s.detach()
+            u = torch.rand(200, 30, 3, 4, 4, generator=g, dtype=torch.float64)
+            with torch.no_grad():
+                nats = nice.log_prob(model, nice.dequantise(k, u).flatten(0, 1)).view(200, 30).mean(0)
+            low, high = (s.exp() * (k.flatten(1) + edge) / 256 for edge in (0, 1))
+            mass = (-low).sigmoid() - (-high).sigmoid()
+            exact = -mass.log2().mean(1)
+            over = nice.bits_per_dim(nats, 48) - exact
+            assert (-1e-3 < over).all() and over.max() < gap, (scale, over)
+        assert over.min() > 1e-3  # here it is a bound, and no more
+
+def test_nice_start():
+    """start(): each number of y is centred and each of h has the spread of a logistic, however near to constant."""
+    k = torch.randint(256, (300, 3, 5, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    k[:, 0, :2], k[:, 1, 0, 0], k[::7, 2] = 0, 255, 90
+    for n, couplings in itertools.product((300, 1), (1, 2, 4)):
+        x = nice.dequantise(k[:n].repeat(5000 // n, 1, 1, 1), torch.rand(5000 // n * n, 3, 5, 5))
+        torch.manual_seed(0)
+        model = nice.NICE(3, 5, 16, 2, couplings)
+        same(model(x)[0], x.flatten(1))  # untouched it does nothing
+        model.start(x)
+        assert all(p.requires_grad and p.isfinite().all() for p in model.parameters())
+        h = model(x)[0].detach().double()
+        near(h.square().mean(0).sqrt(), 1.8, 0.02)
+        near(h.mean(0)[slice(None) if couplings > 1 else slice(1, None, 2)], 0, 0.02)
+        for i, m in enumerate(model.m):  # the network's answer counts in the spread of what it changes
+            near(m[-1](torch.ones(1, 1)), x.flatten(1)[:, 1 - i % 2 :: 2].double().std(0), 1e-5, 1e-3)
+    near(1.8, math.pi / 3**0.5, 0.02)
+
+def test_nice_network():
+    """The networks of the couplings are as asked for, at any size; the paper's; one number cannot be split."""
+    for (channels, size), width, layers, couplings in itertools.product(SHAPES, (1, 8), (1, 3), (1, 3)):
+        model, n = nice.NICE(channels, size, width, layers, couplings), channels * size * size
+        assert model.shape == (channels, size, size) and len(model.m) == couplings and model.s.shape == (n,)
+        for i, m in enumerate(model.m):
+            linear = [part for part in m if isinstance(part, torch.nn.Linear)]
+            ends = ((n + 1) // 2, n // 2)[:: (1, -1)[i % 2]]
+            assert [p.in_features for p in linear] == [ends[0], *[width] * layers]
+            assert [p.out_features for p in linear] == [*[width] * layers, ends[1]]
+            assert sum(isinstance(part, torch.nn.ReLU) for part in m) == layers and len(m) == 2 * layers + 2
+    want = 4 * (392 * 1000 + 1000 + 4 * (1000 * 1000 + 1000) + 1000 * 392 + 392) + 784
+    with torch.device("meta"):
+        assert sum(p.numel() for p in nice.NICE(1, 28, 1000, 5, 4).parameters()) == want
+    assert re.search("size 1 .*channels 1", wary(nice.NICE, 1, 1))
+
+class Gaussian(torch.nn.Module):
+    """log_prob of this is that of N(mean, covariance), up to a constant."""
+    def __init__(self, mean, precision):
+        super().__init__()
+        self.mean, self.precision = mean, precision
+
+    def forward(self, x):
+        d = x.flatten(1) - self.mean
+        return 0 * d, -0.5 * ((d @ self.precision) * d).sum(1)
+
+def test_nice_inpaint_finds_the_mode():
+    """(10): hidden numbers go to the mode given the known ones, cut to 0 .. 1; the known ones stay as they were."""
+    A = normal(6, 6, seed=3)
+    precision = A @ A.T / 2 + torch.eye(6, dtype=torch.float64)
+    mean, hidden, known = torch.tensor([0.5, 0.3, 0.7, 0.4, 0.6, 0.5]).double(), [0, 3, 5], [1, 2, 4]
+    mask = torch.tensor([i in known for i in range(6)]).view(1, 1, 2, 3)
+    for seed in SEEDS:
+        g = torch.Generator().manual_seed(seed)
+        x = (mean + 0.05 * torch.randn(6, generator=g)).expand(200, 6).reshape(200, 1, 2, 3).contiguous().float()
+        mode = mean[hidden] - torch.linalg.solve(precision[hidden][:, hidden],
+                                                 precision[hidden][:, known] @ (x[0].flatten()[known] - mean[known]))
+        assert ((0.1 < mode) & (mode < 0.9)).all()
+        for limit in 1.0, math.inf:
+            y = nice.inpaint(Gaussian(mean.float(), precision.float()), x, mask, 300, g, limit)
+            assert torch.equal(y[:, :, mask[0, 0]], x[:, :, mask[0, 0]]) and 0 <= y.min() and y.max() <= 1
+            near(y.flatten(1)[:, hidden].mean(0), mode, 0.04)  # 200 noisy ends, slightly held back by the walls
+            spread = (y.flatten(1)[:, hidden] - mode).square().mean().sqrt()
+            assert spread < 0.15 and not y.requires_grad
+    for mean, want in (-3.0, 0), (4.0, 1):
+        y = nice.inpaint(Gaussian(torch.tensor(mean), 50 * torch.eye(6)), x, mask, 60, g, math.inf)
+        near(y.flatten(1)[:, hidden], want, 1e-9)
+        assert torch.equal(y[:, :, mask[0, 0]], x[:, :, mask[0, 0]])
+
+def test_nice_inpaint_steps():
+    """(10): alpha_i = 10 / (100 + i) from i = 0 on, for slope and noise; a slope counts for no more than limit."""
+    class Slope(torch.nn.Module):
+        c = 0.0
+
+        def forward(self, x):
+            return 0 * x.flatten(1), self.c * x.flatten(1).sum(1)
+
+    alpha, model = [0.1, 10 / 101, 10 / 102, 10 / 103, 10 / 104], Slope()
+    x, known = torch.full((2, 1, 1, 2), 0.25), torch.tensor([True, False])
+    with mock.patch.object(torch, "rand", lambda n, **_: torch.full(n, 0.5)):
+        for c, eps, limit, rate in [(0.3, 0, 1.0, 0.3), (0.3, 0.2, 1.0, 0.5), (7, 0, 1.0, 1), (-7, 0.1, 0.5, -0.4),
+                                    (0.9, 0, math.inf, 0.9), (0, -0.4, 1.0, -0.4)]:
+            model.c = c
+            with mock.patch.object(torch, "randn", lambda n, e=eps / 1, **_: torch.full(n, e)):
+                for steps in range(6):
+                    y = nice.inpaint(model, x, known, steps, limit=limit)
+                    near(y[..., 1], min(max(0.5 + rate * sum(alpha[:steps]), 0), 1), 1e-6)
+                    near(y[..., 0], 0.25)
+    one, again, other = (nice.inpaint(model, x, known, 3, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(one, again) and (one != other)[..., 1].all()
+    first = nice.inpaint(model, x[:1].expand(9, 1, 50, 2), known, 0, torch.Generator().manual_seed(0))[..., 1]
+    near(first.std(), 12**-0.5, 0.03)  # even, so without a hint
+    with torch.no_grad():
+        nice.inpaint(model, x, known, 1)  # finds its slopes all the same
+
+def test_nice_hide():
+    """The ten patterns of the paper: what they hide, and how much."""
+    for size in 8, 28:
+        known = nice.hide(size, torch.Generator().manual_seed(0))
+        assert known.shape == (10, 1, size, size) and known.dtype == torch.bool
+        known, h, q = known[:, 0], size // 2, size // 4
+        for i, hidden in enumerate((np.s_[:h], np.s_[h:], np.s_[:, 1::2], np.s_[:, ::2], np.s_[:, :h], np.s_[:, h:],
+                                    np.s_[q : 3 * q], np.s_[:, q : 3 * q])):
+            want = torch.ones(size, size, dtype=torch.bool)
+            want[hidden] = False
+            assert torch.equal(known[i], want), i
+        near(known[8:].double().mean((1, 2)), [0.25, 0.1], 4 / size / 2)
+    a, b = nice.halves(nice.hide(5)[2].view(1, -1))
+    assert a.all() and not b.any()  # the halves of the couplings, whatever the size
+    assert not torch.equal(nice.hide(28)[8], nice.hide(28)[8])
+
+def shades(n=12, size=4):
+    """Images each of one shade: image i is 20 i all over."""
+    return (20 * torch.arange(n, dtype=torch.uint8)).view(n, 1, 1, 1).repeat(1, 1, size, size)
+
+def test_nice_training_draws():
+    """(8): training sees only the images not held out, spread evenly over their bins; only the average is measured."""
+    seen, judged = [], []
+    fitted, valid = ([int(v) for v in part[:, 0, 0, 0]] for part in nice.hold_out(shades()))
+
+    def log_prob(model, x):
+        if torch.is_grad_enabled():
+            seen.append(x)
+        else:
+            judged.append((x, all(not p.requires_grad for p in model.parameters())))
+        return 0 * model.s.sum() * x.flatten(1).sum(1)
+
+    started = mock.patch.object(nice.NICE, "start", autospec=True, side_effect=lambda model, x: start.append(x))
+    start = []
+    with mock.patch.object(nice, "log_prob", log_prob), started:
+        quiet(nice.train, shades(), iters=300, batch=8, width=8)
+    for x in torch.cat(seen), torch.cat(start):
+        assert x.dtype == torch.float32 and (len(x), *x.shape[1:]) in ((2400, 1, 4, 4), (5000, 1, 4, 4))
+        k, u = (256 * x).floor(), (256 * x.double()) % 1
+        used, counts = k[:, 0, 0, 0].unique(return_counts=True)
+        assert (k == k[:, :, :1, :1]).all() and used.tolist() == sorted(fitted)
+        assert counts.min() > 0.75 * counts.float().mean()  # 240 +- 15 or 500 +- 21 each
+        near(u.flatten().sort()[0], (torch.arange(u.numel()) + 0.5) / u.numel(), 2 / u.numel() ** 0.5)
+        assert len(x.flatten(1).unique(dim=0)) == len(x)
+    assert len(judged) == 3 and all(averaged for _, averaged in judged)  # after 100, 200 and 300 iterations
+    for x, _ in judged:
+        same([int(v) for v in (256 * x).floor()[:, 0, 0, 0]], valid)
+        same(x, judged[0][0])  # with the same noise each time
+
+def test_nice_measure():
+    """measure() is log_prob of dequantised images: its own fixed noise, any chunks, and no other generator touched."""
+    k = torch.randint(256, (50, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    model, state = some_nice(1, 4).float(), torch.get_rng_state()
+    nats = nice.measure(model, k)
+    assert nats.shape == (50,) and not nats.requires_grad and torch.equal(state, torch.get_rng_state())
+    same(nats, nice.measure(model, k, seed=0))
+    assert (nats != nice.measure(model, k, seed=1)).all()
+    u = torch.rand(k.shape, generator=torch.Generator().manual_seed(0))
+    near(nats, nice.log_prob(model, (k + u) / 256).detach(), 1e-4)
+    with mock.patch.object(nice, "log_prob", wraps=nice.log_prob) as spy:
+        nice.measure(model, k, chunk=20)
+        assert [len(call.args[1]) for call in spy.mock_calls] == [20, 20, 10]
+        u = torch.cat([256 * call.args[1] - part for call, part in zip(spy.mock_calls, k.split(20))])
+    assert 0 <= u.min() and u.max() < 1.001 and len(u.flatten(1).unique(dim=0)) == 50
+    near(u.mean(), 0.5, 5 * (1 / 12 / u.numel()) ** 0.5)
+
+def test_nice_keeps_the_best():
+    """Of the averages that training passes, the one best on the images held out is returned, saved and loaded."""
+    passed, values = [], itertools.count()
+
+    def measure(model, images):
+        assert torch.equal(images, nice.hold_out(shades())[1])
+        passed.append({name: p.clone() for name, p in model.state_dict().items()})
+        return torch.tensor([0.0, 2.0 * (5.0, 7.0, 6.0, 7.0, 6.5)[next(values)]])
+
+    with workdir() as here:
+        train = functools.partial(quiet, nice.train, shades(), iters=450, batch=2, width=8, layers=1, couplings=2,
+                                  path=here / "model.pt")
+        with mock.patch.object(nice, "measure", measure):
+            with stopped_at(nice, 350, 450), hurried(nice), contextlib.suppress(KeyboardInterrupt):
+                train()
+            assert torch.load(here / "model.pt", weights_only=True)["done"] == 300 and len(passed) == 3
+            model = train()  # goes on with the fourth, which is no better than the second
+        same(dict(model.state_dict()), passed[1])
+        same(dict(nice.load(here / "model.pt").state_dict()), passed[1])
+        assert len(passed) == 5 and not torch.equal(passed[1]["s"], passed[3]["s"])
+        rows = [row.split(",") for row in (here / "log.csv").read_text().split()]
+    assert rows[0] == ["iteration", "train_nats", "valid_nats"]
+    assert [(int(row[0]), float(row[2])) for row in rows[1:]] == [(100, 5), (200, 7), (300, 6), (400, 7), (450, 6.5)]
+
+def test_nice_measures_now_and_then():
+    """However long the training, about twenty measurements; the log's last column stands until the next."""
+    count, measure = itertools.count(1), lambda model, images: torch.full((3,), float(next(count)))
+    with workdir(), mock.patch.multiple(nice, measure=measure, log_prob=lambda model, x: 0 * model.s), \
+            mock.patch.object(torch.optim.Adam, "step"), mock.patch.object(torch.Tensor, "backward"):
+        quiet(nice.train, shades(), iters=4050, batch=2, width=1, layers=1, couplings=1, path=Path("model.pt"))
+        log = torch.load("model.pt", weights_only=True)["log"]
+    assert [row[0] for row in log] == [*range(100, 4100, 100), 4050]
+    assert [row[2] for row in log] == [float(i // 2 + 1) for i in range(40)] + [21.0]
+
+def test_nice_rates():
+    """Adam has every weight once, s alone at ten times the rate and without decay; the rate warms up and falls to 0."""
+    seen = []
+
+    def step(self):
+        seen.append([group["lr"] for group in self.param_groups])
+        assert [group["weight_decay"] > 0 for group in self.param_groups] == [True, False]
+        sets = [{id(p) for p in group["params"]} for group in self.param_groups]
+        shapes = [[tuple(p.shape) for p in group["params"]] for group in self.param_groups]
+        assert shapes[1] == [(16,)] and len(shapes[0]) == 4 * 8 and not sets[0] & sets[1]
+
+    with mock.patch.object(torch.optim.AdamW, "step", step), mock.patch.object(torch.Tensor, "backward"), \
+            mock.patch.object(nice, "log_prob", lambda model, x: 0 * model.s):
+        quiet(nice.train, shades(), iters=1000, batch=2, lr=0.002, width=4, layers=3, couplings=4)
+    slow, fast = torch.tensor(seen, dtype=torch.float64).T
+    near(fast, 10 * slow, 1e-12)
+    near(slow[:100], 0.002 * torch.arange(1, 101) / 200, 1e-9)
+    near(slow.max(), 0.002, 0.0005)
+    near(slow[-1], 0.002 / 1000, 1e-9)
+    assert (slow[250:].diff() < 0).all()
+
+def test_nice_learns():
+    """On images of eight shades training finds what they have in common, far beyond what scales alone can say."""
+    images = (shades(12, 4) + torch.randint(3, (40, 12, 1, 4, 4), dtype=torch.uint8)).flatten(0, 1)
+    images = images[torch.randperm(480, generator=torch.Generator().manual_seed(1))]
+    for seed in 0, 1:
+        with workdir() as here:
+            model = quiet(nice.train, images, 300, 32, 2e-3, 32, 2, seed=seed, path=here / "model.pt")
+            log = torch.load(here / "model.pt", weights_only=True)["log"]
+            loaded = nice.load(here / "model.pt")
+        same(dict(model.state_dict()), dict(loaded.state_dict()))
+        alone = nice.NICE(1, 4, 32, 2)
+        alone.start(nice.dequantise(images, torch.rand(images.shape)))
+        got, first = (nice.measure(m, nice.hold_out(images)[1]).mean() for m in (model, alone))
+        assert got > first + 25 and log[-1][1] > log[0][1] + 3, (got, first, log)
+        near(log[-1][2], got, 1e-3)
+        drawn = nice.sample(model, 200, seed) * 127.5 + 127.5
+        assert drawn.flatten(1).std(1).mean() < 0.5 * drawn.mean((1, 2, 3)).std()  # so are its own images
+
+def test_nice_seed():
+    """The same seed trains the same bits, another seed others; images that are not square are refused."""
+    train = lambda seed: dict(quiet(nice.train, shades(), iters=3, batch=2, width=8, seed=seed).state_dict())
+    one, again, other = map(train, (1, 1, 2))
+    same(one, again)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+    assert "12x8" in wary(nice.train, torch.zeros(4, 1, 8, 12, dtype=torch.uint8), 1)
+
+def test_nice_averages():
+    """The average has the memory min(0.995, (1 + i) / (10 + i)): of no use to it is where training began."""
+    passed, real = [], nice.log_prob
+
+    def log_prob(model, x):
+        if torch.is_grad_enabled():
+            passed.append({name: p.detach().clone().double() for name, p in model.named_parameters()})
+        return real(model, x)
+
+    with workdir() as here, mock.patch.object(nice, "log_prob", log_prob):
+        quiet(nice.train, shades(), iters=30, batch=2, width=8, path=here / "model.pt")
+        parts = torch.load(here / "model.pt", weights_only=True)["parts"]
+    assert len(parts) == 4
+    average = passed[0]
+    for i, weights in enumerate([*passed[1:], {name: parts[0][name] for name in average}]):
+        memory = (1 + i) / (10 + i)
+        average = {name: memory * average[name] + (1 - memory) * weights[name] for name in average}
+    for name in average:
+        near(parts[1][name], average[name], 1e-6)
+        same(parts[3][name], parts[1][name])  # measured once, at the end
+    assert rms(parts[1]["s"] - parts[0]["s"]) > 1e-5
+
+def test_nice_sample():
+    """(4), (7), (8): sample(model, n) inverts logistic noise and gives bytes, as probable as the prior says."""
+    for seed in SEEDS:
+        model, asked = some_nice(3, 3, 2, 4, seed).float().eval(), []
+        inverse = lambda self, h, kept=asked: kept.append(h) or nice.uncouple_all(h * (-self.s).exp(), self.m)
+        with mock.patch.object(nice.NICE, "inverse", inverse):
+            x = nice.sample(model, 250, seed, chunk=100)
+        assert x.shape == (250, 3, 3, 3) and x.dtype == torch.float32 and not x.requires_grad
+        assert [len(h) for h in asked] == [100, 100, 50] and -1 <= x.min() and x.max() <= 1
+        byte = x.double() * 127.5 + 127.5
+        near(byte, byte.round(), 1e-4)
+        h = torch.cat(asked)
+        near(h.double().flatten().sort()[0].sigmoid(), (torch.arange(6750) + 0.5) / 6750, 2 / 6750**0.5)
+        assert len(h.unique(dim=0)) == 250
+        back = model(model.inverse(h))[0]
+        near(back, h, 1e-4, 1e-4)
+        same(nice.sample(model, 9, seed), nice.sample(model, 9, seed))
+        assert not torch.equal(nice.sample(model, 9, seed), nice.sample(model, 9, seed + 1))
+        model = nice.NICE(1, 2, 8)
+        with torch.no_grad():
+            model.s.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+            model.m[0][-2].bias.fill_(-0.5)  # y_2 = x_2 - 0.5, and x_1 as it is
+        byte = (nice.sample(model, 20_000, seed).flatten(1).double() * 127.5 + 127.5).round()
+        edge = torch.tensor([1.0, 40, 128, 200])
+        for i in range(4):
+            want = ((edge / 256 - 0.5 * (i % 2)) * math.exp(i + 1)).sigmoid()
+            near((byte[:, i, None] < edge).double().mean(0), want, 4.5 / 2 / 20_000**0.5)
+
+def test_nice_command():
+    """main() measures all test images after training, in nats and bits/dim, and in-paints what it says it hides."""
+    order, real_train, real_measure, real_inpaint = [], nice.train, nice.measure, nice.inpaint
+
+    @functools.wraps(real_train)
+    def train(*args, **kwargs):
+        model = real_train(*args, **kwargs)
+        order.append("trained")
+        return model
+
+    def measure(model, images, *args, **kwargs):
+        order.append(images)
+        return real_measure(model, images, *args, **kwargs)
+
+    def inpaint(model, x, known, steps, generator):
+        order.append(known)
+        assert steps == 3 and known.shape == (40, 1, 8, 8) and x.shape == (40, 1, 8, 8)
+        return real_inpaint(model, x, known, steps, generator)
+
+    with workdir() as here, mock.patch.multiple(nice, train=train, measure=measure, inpaint=inpaint):
+        images = grey(here, 70)
+        held_out = nice.load_images("pics", 8, test=True)
+        words = command(nice, data="pics", seed=4, inpaint=3, layers=2, couplings=3)
+        status, out, err = call(nice, words)
+        assert (status, err) == (0, ""), err
+        model = nice.load("run/model.pt")
+        assert len(model.m) == 3 and len(model.m[0]) == 6
+        assert np.array_equal(np.load("run/samples.npy"), nice.to_uint8(nice.sample(model, 2, 4))[:, 0])
+        trained = order.index("trained")
+        assert all(torch.equal(part, nice.hold_out(images)[1]) for part in order[:trained]) and trained == 1
+        fitted, valid = nice.hold_out(images)
+        for name, part in ("train", fitted), ("validation", valid), ("test", held_out):
+            nats = real_measure(model, part).double()
+            said = re.search(rf"\n{name}: (\S+) \+- (\S+) nats = (\S+) \+- (\S+) bits/dim, mean of (\d+) images", out)
+            mean, error, bits, bits_error, n = map(float, said.groups())
+            near(mean, nats.mean(), 0.0051)
+            near(error, nats.std(correction=0) / len(part) ** 0.5, 0.0051)
+            near([bits, bits_error], [8 - mean / 64 / math.log(2), error / 64 / math.log(2)], 2e-4)
+            assert n == len(part)
+        spread = (-model.s).exp()
+        said = re.search(r"exp\(-s\) from (\S+) to (\S+), half of them below (\S+)\n", out)
+        near([float(v) for v in said.groups()], [spread.min(), spread.max(), spread.median()], 0.02)
+        sheet, known = tiles("run/inpainting.png", 8, 12), order[trained + 1][:, 0].numpy()
+        assert sheet.shape == (120, 8, 8)
+        for i, (true, masked, filled) in enumerate(sheet.reshape(40, 3, 8, 8)):
+            assert np.array_equal(true, held_out[i % 4, 0]) and not np.array_equal(true, filled)
+            assert np.array_equal(np.where(known[i], true, 128), masked)
+            assert np.array_equal(true[known[i]], filled[known[i]])
+        assert np.array_equal(known[::4], nice.hide(8, torch.Generator().manual_seed(4))[:, 0])
+        assert "inpainting.png" in out
+        (here / "run/inpainting.png").unlink()
+        status, out, _ = call(nice, [*words, "--inpaint", "0"])
+        assert status == 0 and not (here / "run/inpainting.png").exists() and "inpainting.png" not in out
+
+def test_nice_bad_values():
+    """What no run can use is refused before training, and so is a checkpoint of another network."""
+    bad = [("--layers", "0", "--layers"), ("--couplings", "0", "--couplings"), ("--inpaint", "-1", "--inpaint")]
+    words, _, files = finished(nice)
+    with workdir() as here:
+        unpack(files, here)
+        wrong = [refused(nice, [*words, f"{name}={value}"], say, here) for name, value, say in bad]
+        wrong += [refused(nice, [*words, "--channels", 1, "--size", 1, "--out", "new"], "size 1 .*halves", here)]
+        wrong += [refused(nice, [*words, "--layers", 9], r"layers \d, not 9.*--fresh", here),
+                  refused(nice, [*words, "--couplings", 9], r"couplings \d, not 9.*--fresh", here)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
+def test_nice_few_images():
+    """One picture, or two, is enough to train on, and to hold one out."""
+    for n in 1, 2, 5:
+        with workdir() as here:
+            paint(here / "pics", n)
+            status, out, err = call(nice, command(nice, data="pics"))
+            assert (status, err) == (0, ""), err
+            assert "nan" not in out.lower() and "inf " not in out, out
+
+# ------------------------------------------------------------------------------------------------------- real nvp -----
+realnvp = MODULES["realnvp"]
+
+def flow_of(channels=1, size=8, seed=0, **sizes):
+    """A Real NVP in float64 whose weights are nowhere zero, and whose first step normalises odd data."""
+    model = woken(realnvp.RealNVP(channels, size, **{"width": 8, "couplings": 2, **sizes}), seed).double()
+    deviation = (0.5 * normal(channels, size, size, seed=seed + 1)).exp()
+    model.start(normal(50, channels, size, size, seed=seed) * deviation - 1)
+    return model.requires_grad_(False)
+
+def bent(c, seed=0):
+    """A net for a coupling, anything but linear: (N, c, ...) -> s, t."""
+    A, B = normal(c, c, seed=2 * seed), normal(c, c, seed=2 * seed + 1)
+    return lambda half: (torch.einsum("ab,nb...->na...", A, half).sin(), torch.einsum("ab,nb...->na...", B, half) ** 2)
+
+def slogdet(function, x):
+    """log|det| of the Jacobian of a function of the numbers in x, by autograd."""
+    J = torch.autograd.functional.jacobian(function, x, vectorize=True)
+    return torch.linalg.slogdet(J.view(x.numel(), x.numel()))[1]
+
+def test_realnvp_log_det_is_slogdet():
+    """(1) to (10), (13): log|det| of model(h), and log_prob from x on, are those of the Jacobian made by autograd."""
+    for seed, (channels, size) in enumerate([(1, 4), (3, 4), (1, 8), (2, 8)]):
+        model, shape = flow_of(channels, size, seed), (channels, size, size)
+        for couplings in (model.scales[0][0], model.scales[1][1]):  # that each of them has something to do
+            assert all(net(normal(2, net.enter.in_channels, 4, 4))[0].std() > 0.05 for net in couplings)
+        h = normal(1, *shape, seed=seed)
+        z, log_det = model(h)
+        assert z.shape == (1, h.numel()) and log_det.shape == (1,) and log_det.abs() > 0.1
+        near(log_det, slogdet(lambda h, model=model: model(h)[0], h), 1e-9)  # float64
+        x, latents = h.sigmoid(), lambda x, model=model: model(realnvp.to_logit(x)[0])[0]
+        want = D.Normal(0, 1).log_prob(latents(x)).sum() + slogdet(latents, x)
+        near(realnvp.log_prob(model, x), want, 1e-8)
+        batch = normal(5, *shape, seed=seed).sigmoid()
+        near(realnvp.log_prob(model, batch)[3:4], realnvp.log_prob(model, batch[3:4]), 1e-8)  # no neighbour counts
+
+def test_realnvp_inverse():
+    """(5), (7) to (10): inverse(model(h)) is h and model(inverse(z)) is z, in float64 and in float32, all shapes."""
+    for seed, (channels, size, couplings, blocks) in enumerate(
+            [(1, 4, 2, 0), (3, 4, 3, 1), (1, 8, 4, 2), (3, 8, 2, 1), (1, 28, 3, 1), (2, 12, 5, 0)]):
+        model = flow_of(channels, size, seed, couplings=couplings, blocks=blocks)
+        h, z = normal(3, channels, size, size, seed=seed), normal(3, channels * size * size, seed=seed + 9)
+        there, back = model(h)[0], model.inverse(z)
+        assert there.shape == z.shape and back.shape == h.shape
+        assert (there.sort().values - h.flatten(1).sort().values).abs().mean() > 0.1  # it is far from the identity
+        near(model.inverse(there), h, 1e-9)
+        near(model(back)[0], z, 1e-9)
+        near(realnvp.from_logit(realnvp.to_logit(h.sigmoid())[0]), h.sigmoid(), 1e-12)
+        for net in (net for scale in model.scales for kind in scale for net in kind):
+            net.leave.weight *= 0.2  # nets as wild as these multiply the rounding of float32; tame ones must not
+        model, h, z = model.float(), h.float(), z.float()
+        s, t = model.scales[0][0][0](realnvp.checkerboard(h)[0])
+        assert s.std() > 0.01 and t.std() > 0.05
+        near(model.inverse(model(h)[0]), h, 1e-5)
+        near(model(model.inverse(z))[0], z, 1e-5)
+
+def test_realnvp_coupling():
+    """(3), (4), (5): numbers worked by hand, and which half changes first."""
+    left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [5.0]])
+    nets = [lambda v: (v * math.log(2), 10 * v), lambda v: (0 * v - math.log(4), v)]
+    y_left, y_right, log_det = realnvp.couple(nets[:1], left, right)
+    near(y_left, left)
+    near(y_right, [[3 * 2 + 10], [5 * 4 + 20]], 1e-5)
+    near(log_det, [math.log(2), 2 * math.log(2)], 1e-6)
+    y_left, y_right, log_det = realnvp.couple(nets, left, right)
+    near(torch.cat([y_left, y_right], 1), [[1 / 4 + 16, 16], [2 / 4 + 40, 40]], 1e-5)
+    near(log_det, [math.log(2 / 4), math.log(4 / 4)], 1e-6)
+    back = realnvp.uncouple(nets, torch.tensor([[16.25], [40.5]]), torch.tensor([[16.0], [40.0]]))
+    near(torch.cat(back, 1), [[1, 3], [2, 5]], 1e-5)
+
+def test_realnvp_density_integrates_to_one():
+    """(1) to (4): a flow of four bent couplings on the plane, its prior: the density on a grid sums up to one."""
+    axis = torch.linspace(-15, 15, 1001, dtype=torch.float64)
+    x = torch.cartesian_prod(axis, axis)
+    for seed in SEEDS:
+        scales = (0.8 * normal(4, 2, seed=seed)).tolist()
+        nets = [lambda v, a=a, b=b: (0.4 * (a + 2 * v).sin(), b * v.tanh()) for a, b in scales]
+        left, right, log_det = realnvp.couple(nets, x[:, :1], x[:, 1:])
+        p = (realnvp.log_latent(torch.cat([left, right], 1)) + log_det).exp().view(1001, 1001)
+        near(p.sum() * (axis[1] - axis[0]) ** 2, 1, 1e-4)
+        assert torch.cat([p[0], p[-1], p[:, 0], p[:, -1]]).max() < 1e-9  # none of it lies beyond the grid
+        assert log_det.std() > 0.2
+
+def test_realnvp_log_latent():
+    """(2): torch's own normal density."""
+    z = 3 * normal(5, 7)
+    near(realnvp.log_latent(z), D.Normal(0, 1).log_prob(z).sum(1), 1e-12)
+
+def masked(x, b, s, t):
+    """The paper's equation 9 on whole images: b is 1 where x is seen and stays."""
+    return b * x + (1 - b) * (x * s.exp() + t), ((1 - b) * s).flatten(1).sum(1)
+
+def test_realnvp_checkerboard_is_the_papers_mask():
+    """(7): couplings of halves are those of the paper's masked images, in turns, with the mask made pixel by pixel."""
+    for channels, size in (1, 4), (3, 6), (2, 8):
+        x = normal(2, channels, size, size)
+        board = torch.tensor([[(i + j + 1) % 2 for j in range(size)] for i in range(size)], dtype=torch.float64)
+        nets = [bent(2 * channels, seed) for seed in range(3)]
+        want, log_det = x, 0
+        for k, net in enumerate(nets):
+            b = board if k % 2 == 0 else 1 - board
+            cells = torch.zeros(2, 2 * channels, size // 2, size // 2, dtype=x.dtype)  # what the net sees
+            s, t = torch.zeros_like(x), torch.zeros_like(x)
+            spots = [(0, 0), (1, 1)], [(0, 1), (1, 0)]
+            for half, (i, j) in enumerate(spots[k % 2]):
+                cells[:, half * channels : (half + 1) * channels] = (b * want)[:, :, i::2, j::2]
+            answers = net(cells)
+            for half, (i, j) in enumerate(spots[1 - k % 2]):
+                for image, answer in zip((s, t), answers):
+                    image[:, :, i::2, j::2] = answer[:, half * channels : (half + 1) * channels]
+            want, change = masked(want, b, s, t)
+            log_det = log_det + change
+        left, right, got = realnvp.couple(nets, *realnvp.checkerboard(x))
+        near(realnvp.from_checkerboard(left, right), want, 1e-12, 1e-12)
+        near(got, log_det, 1e-12)
+
+def test_realnvp_squeeze():
+    """(7), (8): a numbered image goes where the paper's figure of the squeeze has it; the ways back are exact."""
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    even, odd = realnvp.checkerboard(x)
+    assert even.tolist() == [[[[0, 2], [8, 10]], [[5, 7], [13, 15]]]]
+    assert odd.tolist() == [[[[1, 3], [9, 11]], [[4, 6], [12, 14]]]]
+    top, bottom = realnvp.regroup(even, odd)
+    assert top.tolist() == [[[[0, 2], [8, 10]], [[1, 3], [9, 11]]]]
+    assert bottom.tolist() == [[[[5, 7], [13, 15]], [[4, 6], [12, 14]]]]
+    for channels, size in (1, 2), (3, 4), (2, 8):
+        x = normal(2, channels, size, size)
+        halves = realnvp.checkerboard(x)
+        squeezed = x.view(2, channels, size // 2, 2, size // 2, 2).permute(0, 3, 5, 1, 2, 4)  # 2x2xC, row by row,
+        squeezed = squeezed.reshape(2, 4 * channels, size // 2, size // 2)  # becomes 1x1x4C
+        first, last = squeezed.chunk(2, 1)
+        top, bottom = realnvp.regroup(*halves)
+        assert torch.equal(top, first) and torch.equal(torch.cat(bottom.chunk(2, 1)[::-1], 1), last)
+        same(list(realnvp.regroup(top, bottom)), list(halves))
+        assert torch.equal(realnvp.from_checkerboard(*halves), x)
+
+def test_realnvp_factors_out():
+    """(9): as many latents as pixels; the odd rows leave at the first scale, half of the others at the second."""
+    for channels, size in (1, 4), (3, 8), (1, 28):
+        model, h = realnvp.RealNVP(channels, size, 8), normal(2, channels, size, size).float()
+        z, log_det = model(h)  # before training nothing is changed, only moved
+        n = channels * size * size
+        assert z.shape == (2, n) and not log_det.any()
+        for part, rows in zip(z.split([n // 2, n // 4, n // 4], 1), [(1, 3), (2,), (0,)]):  # of every four
+            want = h[:, :, [i for i in range(size) if i % 4 in rows]].flatten(1)
+            assert torch.equal(part.sort().values, want.sort().values)
+        assert torch.equal(model.inverse(z), h)
+
+def test_realnvp_masks_alternate():
+    """One coupling leaves its half alone; two change every pixel; and at either scale every kept number is changed."""
+    h = normal(1, 1, 8, 8)
+    moved = lambda halves: (realnvp.from_checkerboard(*halves) - h).abs()[0, 0] > 1e-9
+    board = torch.tensor([[(i + j) % 2 == 1 for j in range(8)] for i in range(8)])
+    assert torch.equal(moved(realnvp.couple([bent(2)], *realnvp.checkerboard(h))[:2]), board)
+    assert moved(realnvp.couple([bent(2), bent(2, 1)], *realnvp.checkerboard(h))[:2]).all()
+    plain = realnvp.RealNVP(1, 8, 8, couplings=2).double()
+    for scale, kind in itertools.product((0, 1), (0, 1)):
+        model = flow_of(1, 8)
+        for i, j in itertools.product((0, 1), (0, 1)):
+            if (i, j) != (scale, kind):
+                model.scales[i][j].load_state_dict(plain.scales[i][j].state_dict())
+        model.norm.load_state_dict(plain.norm.state_dict())
+        changes = (model(h)[0] - plain(h)[0])[0].abs() > 1e-9
+        assert changes[32:].all() and changes[:32].all() == changes[:32].any() == (scale == 0), (scale, kind)
+
+def test_realnvp_bounded_scale():
+    """(6): |s| is never above the learned scale, whatever the network says; huge inputs and weights stay finite."""
+    net = woken(realnvp.ScaleShift(2, 8, 1))
+    for size in 1.0, 1e4, 1e12:
+        s, t = net(size * normal(3, 2, 4, 4).float())
+        assert s.shape == t.shape == (3, 2, 4, 4)
+        assert (s.abs() <= net.scale.abs()[:, None, None]).all() and s.isfinite().all()
+    assert (s.abs() > 0.99 * net.scale.abs()[:, None, None]).float().mean() > 0.9  # the bound is reached
+    with torch.no_grad():
+        net.leave.weight *= 1e6
+    assert (net(normal(3, 2, 4, 4).float())[0].abs() <= net.scale.abs()[:, None, None]).all()
+    model = flow_of(1, 8).float()
+    for h in 1e4 * normal(2, 1, 8, 8).float(), torch.full((1, 1, 8, 8), -1e6):
+        z, log_det = model(h)
+        assert z.isfinite().all() and log_det.isfinite().all()
+    for byte, u in itertools.product((0, 255), (0.0, 1 - 2**-24)):
+        x = realnvp.dequantise(torch.full((1, 1, 8, 8), byte, dtype=torch.uint8), torch.full((1, 1, 8, 8), u))
+        assert 0 <= x.min() and x.max() <= 1 and realnvp.log_prob(model, x).isfinite().all()
+
+def test_realnvp_network():
+    """A coupling starts as the identity, uses each of its weights, and no image sees its neighbours in the batch."""
+    for c, blocks in itertools.product((2, 12), (0, 1, 2)):
+        half = normal(3, c, 6, 6).float()
+        assert not any(v.any() for v in realnvp.ScaleShift(c, 8, blocks)(half))
+        net = woken(realnvp.ScaleShift(c, 8, blocks))
+        (s, t), (s_1, t_1) = net(half), net(half[1:2])
+        near(s[1:2], s_1, 1e-5)
+        near(t[1:2], t_1, 1e-5, 1e-5)
+        (s.square().sum() + t.square().sum()).backward()
+        assert all(p.grad.any() for p in net.parameters()) and len(net.blocks) == blocks
+
+def test_realnvp_logit():
+    """(13): by autograd and by torch's own transforms, at the ends of 0 .. 1 too; another alpha; and back."""
+    x = torch.cat([torch.linspace(0, 1, 30, dtype=torch.float64), normal(34).sigmoid()]).view(2, 2, 4, 4)
+    for alpha in realnvp.ALPHA, 0.05, 0.2:
+        h, log_det = realnvp.to_logit(x, alpha)
+        logits = lambda x, alpha=alpha: realnvp.to_logit(x, alpha)[0].sum()
+        slope = torch.autograd.functional.jacobian(logits, x)
+        near(log_det, slope.log().flatten(1).sum(1), 1e-10)
+        to = D.ComposeTransform([D.AffineTransform(alpha, 1 - 2 * alpha), D.SigmoidTransform().inv])
+        near(h, to(x), 1e-10)
+        near(log_det, to.log_abs_det_jacobian(x, to(x)).flatten(1).sum(1), 1e-10)
+        near(realnvp.from_logit(h, alpha), x, 1e-12)
+    near(realnvp.to_logit(x)[0], realnvp.to_logit(x, realnvp.ALPHA)[0])
+
+def exact(alpha=realnvp.ALPHA):
+    """A flow that needs no training: x even on 0 .. 1 becomes exactly N(0, I)."""
+    def model(h):
+        x = ((h.sigmoid() - alpha) / (1 - 2 * alpha)).clamp(1e-15, 1 - 1e-15)
+        z, q = D.Normal(0, 1).icdf(x), h.sigmoid()
+        return z.flatten(1), (torch.log(q * (1 - q) / (1 - 2 * alpha)) - D.Normal(0, 1).log_prob(z)).flatten(1).sum(1)
+    return model
+
+def identity(h):
+    return h.flatten(1), h.new_zeros(len(h))
+
+def test_realnvp_uniform_noise_has_8_bits():
+    """(1), (11), (12), (13): under the flow that takes even noise to N(0, I), every image has 8 bits/dim, 0 nats."""
+    for channels, size in (1, 4), (3, 8):
+        bytes_ = torch.randint(256, (6, channels, size, size), generator=torch.Generator().manual_seed(size))
+        x = realnvp.dequantise(bytes_.double(), 0.5 + 0 * bytes_)
+        near(realnvp.log_prob(exact(), x), torch.zeros(6), 1e-8)
+        near(realnvp.bits_per_dim(realnvp.log_prob(exact(), x), x[0].numel()), 8, 1e-8)
+        near(realnvp.loss_bits(exact(), x), 8, 1e-8)
+        bits = realnvp.image_bits(lambda h: exact()(h.double()), bytes_.to(torch.uint8), chunk=4)
+        assert bits.shape == (6,)
+        near(bits, 8, 1e-4)  # the logits are float32
+    for nats, dims, bits in (0, 784, 8), (784 * math.log(256), 784, 0), (math.log(2), 1, 7), (-3 * math.log(4), 3, 10):
+        near(realnvp.bits_per_dim(nats, dims), bits, 1e-12)
+
+def test_realnvp_density_of_bytes():
+    """(11), (12), (13): a pixel whose logit is normal: the density is that of theory and has the mass it should have,
+    and bits/dim is no less than -log2 of the byte's probability, and hardly more."""
+    x = ((torch.arange(256_000, dtype=torch.float64) + 0.5) / 256_000).view(-1, 1, 1, 1)
+    with mock.patch.object(realnvp.to_logit, "__defaults__", (0.05,)):  # so that p is smooth within a byte
+        check_density_of_bytes(x)
+
+def check_density_of_bytes(x):
+    p, Phi = realnvp.log_prob(identity, x).exp(), D.Normal(0, 1).cdf
+    edges = torch.logit(0.05 + 0.9 * torch.arange(257, dtype=torch.float64) / 256)
+    near(p.mean(), Phi(edges[-1]) - Phi(edges[0]), 1e-9)
+    P = Phi(edges[1:]) - Phi(edges[:-1])
+    near(p.view(256, 1000).mean(1) / 256, P, 1e-9)
+    bytes_ = torch.arange(256, dtype=torch.float64).repeat_interleave(1000).view(-1, 1, 1, 1)
+    u = ((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000).repeat(256).view(-1, 1, 1, 1)
+    near(realnvp.dequantise(bytes_, u), x, 1e-15)
+    bits = realnvp.bits_per_dim(realnvp.log_prob(identity, realnvp.dequantise(bytes_, u)), 1).view(256, 1000).mean(1)
+    near(realnvp.loss_bits(identity, x), bits.mean(), 1e-9)
+    assert (bits >= -P.log2() - 1e-12).all() and (bits < -P.log2() + 0.01).all()
+
+def test_realnvp_start():
+    """(10): after start() the data has mean 0 and variance 1 at each pixel, and so has z; a pixel that never changes
+    makes nothing infinite."""
+    for seed in SEEDS:
+        h = normal(200, 2, 4, 4, seed=seed) * normal(2, 4, 4, seed=seed + 5).exp() + 9 * normal(2, 4, 4, seed=seed + 6)
+        model = realnvp.RealNVP(2, 4, 8).double()
+        model.start(h)
+        y, log_det = model.norm(h)
+        for v in y, model(h)[0]:
+            near(v.mean(0), 0, 1e-9)
+            near(v.var(0, correction=0), 1, 1e-9)
+        near(log_det, -h.std(0, correction=0).log().sum(), 1e-9)
+    model.start(torch.zeros(3, 2, 4, 4))
+    assert all(v.isfinite().all() for v in model(torch.zeros(3, 2, 4, 4, dtype=torch.float64)))
+
+class Recorder:
+    """A model of the shape (1, 2, 2) whose inverse keeps the latents that it was given, and hands them on."""
+    shape = 1, 2, 2
+
+    def __init__(self):
+        self.z = []
+
+    def inverse(self, z):
+        self.z.append(z)
+        return z.view(-1, 1, 2, 2)
+
+def test_realnvp_temperature():
+    """(14): the temperature multiplies the deviation of z, not its variance; 1 is N(0, I), 0 a single image."""
+    eps = {}
+    for temperature in 1.0, 0.5, 0.0, 2.0:
+        spy = Recorder()
+        quiet(realnvp.sample, spy, 3000, temperature, chunk=1000)
+        eps[temperature] = torch.cat(spy.z)
+        near(eps[temperature], temperature * eps[1.0], 1e-6)
+    near(eps[1.0].mean(), 0, 5 / 12000**0.5)  # five standard errors
+    near(eps[1.0].var(), 1, 5 * (2 / 12000) ** 0.5)
+
+def test_realnvp_sample():
+    """sample() draws all it was asked for, chunk by chunk, the same for the same seed, each value one of 256 bytes."""
+    spy = Recorder()
+    x = quiet(realnvp.sample, spy, 5, chunk=2)
+    assert [len(z) for z in spy.z] == [2, 2, 1] and x.shape == (5, 1, 2, 2)
+    want = (torch.cat(spy.z).sigmoid() - realnvp.ALPHA) / (1 - 2 * realnvp.ALPHA)
+    want = (256 * want).floor().clamp(0, 255).to(torch.uint8)
+    assert torch.equal(realnvp.to_uint8(x).flatten(1), want) and len(want.unique(dim=0)) == 5
+    assert torch.equal(x, quiet(realnvp.sample, spy, 5, chunk=2))
+    assert not torch.equal(x, quiet(realnvp.sample, spy, 5, chunk=2, seed=1))
+    model, bytes_ = flow_of(1, 16).float(), torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for u in 0.1, 0.5, 0.9:  # from bytes to z and back to bytes, from any place in their cells
+        z = model(realnvp.to_logit(realnvp.dequantise(bytes_, u))[0])[0]
+        assert torch.equal(realnvp.to_uint8(realnvp.to_images(model, z)), bytes_)
+
+def test_realnvp_interpolate():
+    """(15): the corners are the four latents, angles between them are as said, the radius stays if z are orthogonal."""
+    for seed in SEEDS:
+        z, half = normal(4, 48, seed=seed), math.pi / 2
+        phi = torch.tensor([0, 0, half, half, 2 * half, 0, half / 3], dtype=torch.float64)
+        phi_prime = torch.tensor([0, half, 0, half, 0, 2 * half, half / 2], dtype=torch.float64)
+        a, b = 0.75**0.5, 0.5**0.5  # cos 30, cos 45 degrees
+        want = torch.stack([*z, -z[0], -z[0], a * b * (z[0] + z[1]) + 0.5 * b * (z[2] + z[3])])
+        near(realnvp.interpolate_four(z, phi, phi_prime), want, 1e-12)
+        q = torch.linalg.qr(z.T)[0].T
+        angles = 7 * normal(2, 100, seed=seed)
+        near(realnvp.interpolate_four(q, *angles).norm(dim=1), torch.ones(100), 1e-12)
+
+def test_realnvp_refuses_sizes():
+    """A size that cannot be squeezed twice is refused in words, by the class and by the command; so is too little."""
+    for size in 1, 2, 6, 14, 27, 30:
+        try:
+            raise AssertionError(f"took {realnvp.RealNVP(1, size, 8)}")
+        except ValueError as e:
+            assert f"--size {size}" in str(e) and "multiple of 4" in str(e) and "squeeze" in str(e)
+    bad = [("--size", "30", "size 30.*multiple of 4"), ("--size", "7", "size 7"),
+           *(("--temperature", value, "--temperature") for value in ("-1", "nan", "inf", "hot")),
+           ("--couplings", "1", "--couplings"), ("--blocks", "-1", "--blocks")]
+    with workdir() as here:
+        words = command(realnvp, **inputs(here))
+        wrong = [refused(realnvp, [*words, f"{name}={value}"], say, here) for name, value, say in bad]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+    try:
+        realnvp.RealNVP(1, 8, 8, couplings=1)
+        raise AssertionError("took one coupling")
+    except ValueError as e:
+        assert "--couplings 1" in str(e)
+
+def test_realnvp_training_draws():
+    """Training sees each image that is not held out, with fresh and even u, and never one of the rest, which alone are
+    validated on; a single image has to do for both."""
+    for n, cut in (12, 10), (3, 2), (1, 1):
+        images, seen, validated = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).repeat(1, 1, 4, 4), [], []
+
+        def loss(model, x, seen=seen):
+            seen.append(256 * x)
+            return 0 * next(model.parameters()).sum()
+
+        def bits(model, images, seed, device, validated=validated):
+            validated.append(images)
+            return torch.zeros(len(images))
+
+        with mock.patch.multiple(realnvp, loss_bits=loss, image_bits=bits):
+            model = quiet(realnvp.train, images, iters=100, batch=16, width=8)
+        fitted, held_out = realnvp.hold_out(images)
+        x = (fitted[:, 0, 0, 0, None] + torch.arange(0.005, 1, 0.01)) / 256  # any byte that is trained on, any u
+        h = realnvp.to_logit(x)[0]
+        near(model.norm.mean, h.mean(), 5 * h.std() / 1000**0.5)  # the data-dependent start, from 1000 draws
+        near(model.norm.deviation, h.std(), 0.1 * h.std())
+        x = torch.stack(seen)  # (100, 16, 1, 4, 4)
+        byte, u = x.floor(), x - x.floor()
+        used, counts = byte[..., 0, 0, 0].unique(return_counts=True)
+        assert used.tolist() == sorted(fitted[:, 0, 0, 0].tolist()) and (byte == byte[..., :1, :1]).all()
+        assert counts.min() > 0.6 * 1600 / cut  # of 160 each that is over five deviations away
+        near(u.mean(), 0.5, 5 / (12 * u.numel()) ** 0.5)
+        near(u.var(), 1 / 12, 5 / (180 * u.numel()) ** 0.5)
+        assert len(u.flatten(1).unique(dim=0)) == 100 and len(validated) == 1
+        assert all(torch.equal(v, held_out) for v in validated)
+
+def test_realnvp_training_learns():
+    """A hundred steps of a tiny flow save bits on images that it did not see, as its log says; it can be undone."""
+    images = realnvp.draw_digits(240, 8)
+    with workdir() as here:
+        first = quiet(realnvp.train, images, iters=1, batch=2, width=8)
+        model = quiet(realnvp.train, images, iters=100, batch=16, lr=5e-3, width=8, couplings=2, path=here / "model.pt")
+        head, row = (here / "log.csv").read_text().split()
+    before, after = (realnvp.image_bits(m, realnvp.hold_out(images)[1]).mean() for m in (first, model))
+    assert head == "iteration,train_bits,valid_bits" and after < before - 0.1, (before, after)
+    near(after, float(row.split(",")[2]), 1e-5)
+    h = realnvp.to_logit(realnvp.dequantise(images[:9], 0.5))[0]
+    near(model.inverse(model(h)[0]), h, 1e-5)
+
+def test_realnvp_command():
+    """The command's test figure is that of all test images, the corners of interpolation.png are four of them, and the
+    rows of temperatures.png are the same latents at six temperatures."""
+    load = realnvp.load
+    with workdir() as here, mock.patch.object(realnvp, "load", lambda *args: woken(load(*args))):  # not the identity
+        grey(here, 60)
+        status, out, err = call(realnvp, command(realnvp, data="pics", temperature=0.6, seed=3))
+        assert (status, err) == (0, ""), err
+        model, test = realnvp.load("run/model.pt"), realnvp.load_images("pics", 8, test=True)
+        bits = realnvp.image_bits(model, test, 3)
+        error, said = bits.std(correction=0) / 6**0.5, re.search(r"6 test images: ([\d.]+) \+- ([\d.]+) bits/dim.* "
+                                                                 r"(-?[\d.]+) nats", out)
+        near([float(v) for v in said.groups()[:2]], [bits.mean(), error], 6e-5)  # four digits
+        x = realnvp.dequantise(test, torch.rand(test.shape, generator=torch.Generator().manual_seed(3)))
+        near(float(said[3]), realnvp.log_prob(model, x).mean(), 0.06)
+        walk = tiles("run/interpolation.png", 8, 8)
+        assert np.array_equal(walk[[0, 7, 56, 63]], test[:4, 0].numpy()) and len(np.unique(walk, axis=0)) == 64
+        drawn = [quiet(realnvp.sample, model, 8, T, 3) for T in (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)]
+        alike(tiles("run/temperatures.png", 8, 8), realnvp.to_uint8(torch.cat(drawn))[:, 0].numpy())
+        want = realnvp.to_uint8(quiet(realnvp.sample, model, 2, 0.6, 3))[:, 0].numpy()
+        assert np.array_equal(np.load("run/samples.npy"), want)
+
+# -------------------------------------------------------------------------------------- training, several files -----
 def at_steps(loss, table):
     """A loss at integer steps as one at times 0 .. 1."""
     return lambda model, x_0, eps, u: loss(model, x_0, (u * 1000).long(), eps, table).mean()
 
 LOSSES = {"ddpm": ("loss_simple", at_steps(ddpm.loss_simple, ddpm.make_schedule().to("cpu"))),
           "ddim": ("loss_gamma", at_steps(ddim.loss_gamma, ddim.noise_tables(ddim.make_alpha_bar()))),
-          "rectified_flow": ("loss_flow", lambda model, x, noise, u: flow.loss_flow(model, noise, x, u))}
+          "rectified_flow": ("loss_flow", lambda model, x, noise, u: flow.loss_flow(model, noise, x, u)),
+          "realnvp": ("loss_bits", None)}  # None: another kind of network, with a test of its own that it learns
 
 def has_loss(module):
     return module.__name__ in LOSSES
 
-@each(has_loss)
+@each(lambda module: has_loss(module) and LOSSES[module.__name__][1])
 def test_training_learns(module):
     """On one image, 200 steps of a tiny network cut its loss, and the averaged network profits."""
     images = module.draw_digits(4, 8)[3:].repeat(4, 1, 1, 1)
@@ -1892,6 +3249,19 @@ def test_training_seed(module):
     one, again, other = map(train, (1, 1, 2))
     same(dict(one), dict(again))
     assert not any(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+
+@each(lambda module: hasattr(module, "hold_out"))
+def test_training_hold_out(module):
+    """A sixth is held out, nothing is in both parts but a single image, no order of the images matters or is drawn."""
+    for n, held in (60_000, 10_000), (6, 1), (4, 1), (2, 1), (13, 2), (1, 1):
+        state = torch.get_rng_state()
+        first, last = module.hold_out(torch.arange(n))
+        assert torch.equal(state, torch.get_rng_state()) and len(last) == held
+        assert sorted({*first.tolist(), *last.tolist()}) == list(range(n)) and len(first) == max(1, n - held)
+        same(last, module.hold_out(torch.arange(n))[1])
+    last = module.hold_out(torch.arange(60_000))[1]
+    assert last.float().histc(6, 0, 60_000).min() > 1500  # 1667 +- 34: of sorted folders something of each
+    assert (last % 10).bincount().min() > 850  # 1000 +- 27 of each drawn digit
 
 @each(has_loss)
 def test_training_wants_squares(module):
