@@ -104,7 +104,7 @@ def great_circle(u, v, a):
     return (torch.sin((1 - a) * theta) * u + torch.sin(a * theta) * v) / torch.sin(theta)  # (9)
 
 # -------------------------------------------------------------------------------------------------------- network -----
-# Any G from (N, Z) to (N, C, H, W) and any D from there to (N,) would do. These are DCGAN's, with two halvings.
+# Any G from (N, Z) to (N, C, H, W) and any D from there to (N,) would do. These are DCGAN's.
 def dcgan_weights(layer):
     """Weights from N(0, 0.02^2), biases 0; BatchNorm stays at scale 1 and shift 0."""
     if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):

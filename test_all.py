@@ -3192,6 +3192,435 @@ def test_realnvp_command():
         want = realnvp.to_uint8(quiet(realnvp.sample, model, 2, 0.6, 3))[:, 0].numpy()
         assert np.array_equal(np.load("run/samples.npy"), want)
 
+# ------------------------------------------------------------------------------------------------------------ gan -----
+gan = MODULES["gan"]
+
+def js_by_integration(p, q):
+    """JS(p || q) in nats for two densities on a line (2), by the trapezoidal rule."""
+    x = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    p, q = (v.log_prob(x).exp() for v in (p, q))
+    part = lambda a, b: torch.where(a > 1e-300, a * (a / ((a + b) / 2)).clamp(min=1e-300).log(), 0)
+    return torch.trapezoid((part(p, q) + part(q, p)) / 2, x).item()
+
+def law(mean, deviation):
+    """A Gaussian on a line, in float64."""
+    return D.Normal(*torch.tensor([mean, deviation], dtype=torch.float64))
+
+GAUSSIANS = [(law(0, 1), law(1, 1)), (law(0, 1), law(0.5, 2)),
+             (law(-2, 0.5), law(1, 1.5)), (law(0, 1), law(0, 1))]  # p_data and p_g
+
+def evenly(p, n=100_000):
+    """n points of a law on a line, evenly spread over its mass: their mean of f is close to the integral of p f."""
+    return p.icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+
+def test_gan_best_discriminator():
+    """(2): the logits of a table that minimise loss_d are those of p / (p + q), at each of its entries."""
+    for seed in SEEDS:
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(1, 90, (2, 12), generator=generator)  # how often each of 12 values is drawn
+        counts[:, -1] += 1000 - counts.sum(1)  # as many from both laws
+        real, fake = (torch.arange(12).repeat_interleave(row) for row in counts)
+        table = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+        value = lambda table=table, real=real, fake=fake: gan.loss_d(table[real], table[fake])
+        for _ in range(20):  # Newton's method; the entries do not depend on each other
+            slope, = torch.autograd.grad(value(), table, create_graph=True)
+            curve, = torch.autograd.grad(slope.sum(), table)
+            table.data -= slope.detach() / curve
+        p, q = counts.double() / 1000
+        near(table.detach().sigmoid(), p / (p + q), 1e-9)
+        m = (p + q) / 2
+        js = ((p * (p / m).log() + q * (q / m).log()) / 2).sum()
+        near(-value().detach(), 2 * js - math.log(4), 1e-9)  # (3)
+
+def test_gan_value_of_the_best_discriminator():
+    """(3): with the logits log p - log q of two Gaussians, V is -log 4 + 2 JS by numerical integration."""
+    for p, q in GAUSSIANS:
+        best = lambda x, p=p, q=q: p.log_prob(x) - q.log_prob(x)
+        js = js_by_integration(p, q)
+        near(-gan.loss_d(best(evenly(p)), best(evenly(q))), 2 * js - math.log(4), 2e-5)  # of the tails' quantiles
+        near(gan.js_estimate(best(evenly(p)), best(evenly(q))), js, 1e-5)
+        assert (js == 0) == (p.mean == q.mean and p.stddev == q.stddev) and js < math.log(2)
+
+def test_gan_js_is_bounded_by_any_discriminator():
+    """(4): any other D gives less than JS, the right one JS, none more than log 2 = what laws without overlap reach."""
+    for k, (p, q) in enumerate(GAUSSIANS):
+        x, y, js = evenly(p), evenly(q, 50_000), js_by_integration(p, q)  # their numbers may differ
+        best = lambda x, p=p, q=q: p.log_prob(x) - q.log_prob(x)
+        near(gan.js_estimate(best(x), best(y)), js, 2e-5)
+        for seed in range(6):
+            a, b, c, d = normal(4, seed=10 * k + seed)
+            wrong = [best(v) + a * torch.sin(2 * v + b) + c * v.tanh() + d for v in (x, y)]
+            assert gan.js_estimate(*wrong) < js - 1e-3, seed
+    for seed in SEEDS:
+        real, fake = 30 * normal(2, 50, seed=seed)
+        assert gan.js_estimate(real, fake) <= math.log(2)
+    near(gan.js_estimate(torch.full((5,), 50.0), torch.full((9,), -50.0)), math.log(2), 1e-6)
+    near(gan.js_estimate(torch.zeros(5), torch.zeros(9)), 0, 1e-6)  # D = 1/2 tells nothing
+
+def test_gan_losses():
+    """(1), (5), (6), (7): they are cross-entropies of D = sigmoid(logit), means over each batch, and never overflow."""
+    bce = torch.nn.functional.binary_cross_entropy
+    for seed in SEEDS:
+        real, fake = 3 * normal(40, seed=seed), 3 * normal(60, seed=seed + 9)
+        D_x, D_g = 1 / (1 + (-real).exp()), 1 / (1 + (-fake).exp())
+        near(gan.loss_d(real, fake), -(D_x.log().mean() + (1 - D_g).log().mean()), 1e-12)  # -V, float64
+        near(gan.loss_d(real, fake), bce(D_x, torch.ones_like(D_x)) + bce(D_g, torch.zeros_like(D_g)), 1e-12)
+        near(gan.loss_g(fake, "minimax"), (1 - D_g).log().mean(), 1e-12)
+        near(gan.loss_g(fake, "nonsaturating"), -D_g.log().mean(), 1e-12)
+        assert gan.loss_g(fake) == gan.loss_g(fake, "nonsaturating")  # the default
+        for loss in gan.loss_d(real, fake), gan.loss_g(fake), gan.loss_g(fake, "minimax"), gan.js_estimate(real, fake):
+            assert loss.shape == ()
+        near(gan.loss_d(real.repeat(2), fake.repeat(2)), gan.loss_d(real, fake), 1e-12)  # means, not sums
+    for u in 1e4, -1e4:
+        one = torch.tensor([u], requires_grad=True)
+        big, got = max(u, 0), [gan.loss_d(-one, one), gan.loss_g(-one), gan.loss_g(one, "minimax")]
+        near(torch.stack(got).detach(), [2 * big, big, -big])
+        sum(got).backward()
+        assert one.grad.isfinite().all()
+    for kind in "Minimax", "", None:
+        try:
+            raise AssertionError(f"took {kind}: {gan.loss_g(torch.zeros(2), kind)}")
+        except ValueError as e:
+            assert repr(kind) in str(e)
+
+def test_gan_slopes():
+    """(6), (7): the slopes in the logit are -D and -(1 - D): the same direction, weak or strong where D says no."""
+    logits = torch.cat([4 * normal(50), torch.tensor([-12.0, 0.0, 12.0], dtype=torch.float64)]).requires_grad_()
+    slope = {kind: torch.autograd.grad(gan.loss_g(logits, kind) * len(logits), logits)[0]
+             for kind in ("minimax", "nonsaturating")}
+    D_g = 1 / (1 + (-logits.detach()).exp())
+    near(slope["minimax"], -D_g, 1e-12)
+    near(slope["nonsaturating"], D_g - 1, 1e-12)
+    assert all((s < 0).all() for s in slope.values())
+    assert -1e-5 < slope["minimax"][50] < 0 and slope["nonsaturating"][50] < -0.99999
+
+def test_gan_both_losses_have_one_fixed_point():
+    """(3), (6), (7): a G that shifts noise by theta: both losses pull it to p_data, rest there, and (6) goes down C."""
+    p, z = law(1, 1), evenly(law(0, 1))
+    for mean in -3.0, 0.0, 0.9, 1.0, 1.1, 4.0:
+        theta, q = torch.tensor(mean, dtype=torch.float64, requires_grad=True), law(mean, 1)
+        fake = theta + z
+        logits = p.log_prob(fake) - q.log_prob(fake)  # D is the best one for this theta, and is held fixed
+        pulls = {kind: torch.autograd.grad(gan.loss_g(logits, kind), theta, retain_graph=True)[0]
+                 for kind in ("minimax", "nonsaturating")}
+        for pull in pulls.values():
+            assert pull.sign() == (0 if mean == 1 else math.copysign(1, mean - 1)), (mean, pull)
+        step = 1e-4
+        change = js_by_integration(p, law(mean + step, 1)) - js_by_integration(p, law(mean - step, 1))
+        near(pulls["minimax"], 2 * change / (2 * step), 1e-5)  # C is 2 JS - log 4
+        assert mean != 4 or pulls["nonsaturating"] > 5 * pulls["minimax"]  # far off, where D is sure
+
+def test_gan_networks_rest_where_d_is_flat():
+    """(6), (7): a D that says the same of every image leaves every weight of G at rest, with either loss."""
+    for kind, flat in itertools.product(("minimax", "nonsaturating"), (True, False)):
+        torch.manual_seed(0)
+        G, judge = gan.Generator(1, 8, 4, 8), gan.Discriminator(1, 8, 4)
+        if flat:
+            torch.nn.init.zeros_(judge.net[-1].weight)
+        gan.loss_g(judge(G(torch.randn(16, 8))), kind).backward()
+        assert all(p.grad.any() != flat for p in G.parameters())
+
+def players(channels=1, size=8, width=4, latent=8, seed=0):
+    """A generator, a discriminator, and plain gradient descent for each of them."""
+    torch.manual_seed(seed)
+    G, judge = gan.Generator(channels, size, width, latent), gan.Discriminator(channels, size, width)
+    return G, judge, *(torch.optim.SGD(net.parameters(), 0.1) for net in (G, judge))
+
+def test_gan_steps_leave_the_other_alone():
+    """(8): a step goes down the gradient of its own loss; the other's weights and gradients stay, stale or not."""
+    for seed, kind, stale in itertools.product(SEEDS, ("minimax", "nonsaturating"), (False, True)):
+        G, judge, opt_g, opt_d = players(seed=seed)
+        x, fake = normal(6, 1, 8, 8, seed=seed).float(), G(torch.randn(6, 8))
+        for p in [*G.parameters(), *judge.parameters()] if stale else ():
+            p.grad = torch.full_like(p, 7.0)
+        state = lambda net: copied([(p, p.grad) for p in net.parameters()])
+        before_g, before_d, buffers = state(G), state(judge), copied(list(G.buffers()))
+        logits = judge(x), judge(fake)
+        grads = torch.autograd.grad(gan.loss_d(*logits), judge.parameters(), retain_graph=True)
+        told = gan.d_step(judge, opt_d, x, fake)
+        near(torch.stack(told), torch.stack(logits).detach(), 1e-6)  # float32; before the step
+        assert not any(v.requires_grad for v in told)
+        same(state(G), before_g)
+        for p, (old, _), grad in zip(judge.parameters(), before_d, grads):
+            near(p.detach(), old - 0.1 * grad, 1e-6)
+        before_d = state(judge)
+        loss = gan.loss_g(judge(fake), kind)
+        grads = torch.autograd.grad(loss, G.parameters(), retain_graph=True)
+        assert any(grad.abs().max() > 1e-6 for grad in grads)
+        told = gan.g_step(G, judge, opt_g, fake, kind)  # after D's step fake still has its history
+        near(told, loss.detach(), 1e-6)
+        assert not told.requires_grad
+        same(state(judge), before_d)
+        for p, (old, _), grad in zip(G.parameters(), before_g, grads):
+            near(p.detach(), old - 0.1 * grad, 1e-7)
+        same(list(G.buffers()), buffers)  # G was not even run again
+
+def copied(tensors):
+    """Copies, through lists and tuples, that later steps do not change."""
+    if isinstance(tensors, (list, tuple)):
+        return [copied(t) for t in tensors]
+    return tensors if tensors is None else tensors.detach().clone()
+
+def test_gan_great_circle():
+    """(9): it starts at u, ends at v, turns by equal angles in their plane, and unit vectors keep their length."""
+    angle = lambda u, v: torch.arccos(((u * v).sum(-1) / u.norm() / v.norm(dim=-1)).clamp(-1, 1))
+    a = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)[:, None]
+    for seed in range(6):
+        u, v = normal(2, 2 + seed, seed=seed)
+        walk = gan.great_circle(u, v, a)
+        assert walk.shape == (5, 2 + seed)
+        near(walk[[0, -1]], torch.stack([u, v]), 1e-12)
+        near(walk, gan.great_circle(v, u, 1 - a), 1e-12)
+        for share, point in zip(a[:, 0].tolist(), walk):
+            near(gan.great_circle(u, v, share), point, 1e-12)
+        walk = gan.great_circle(u / u.norm(), v / v.norm(), a)
+        near(walk.norm(dim=1), 1, 1e-12)
+        near(angle(u, walk), a[:, 0] * angle(u, v), 1e-7)  # arccos of nearly 1
+        near(gan.great_circle(u, u, 0.3), u, 1e-12)  # no angle at all
+        near(gan.great_circle(u, -3 * u, a), (1 - 4 * a) * u, 1e-12)  # no shortest way
+
+def test_gan_networks():
+    """G and D fit any side from 4, grey and colour, use every weight and pixel, and in use look at no neighbour."""
+    for channels, size in itertools.product((1, 3), (4, 5, 8, 9, 28, 30, 32)):
+        G, judge = woken(gan.Generator(channels, size, 4, 6)), woken(gan.Discriminator(channels, size, 4))
+        z = normal(5, 6).float()
+        x = G(z)
+        assert x.shape == (5, *G.shape) == (5, channels, size, size) and x.abs().max() <= 1 and G.latent == 6
+        seen = x.detach().requires_grad_()
+        logits = judge(seen)
+        assert logits.shape == (5,) and len(logits.unique()) == 5
+        logits.square().sum().backward()
+        assert (seen.grad != 0).all(), size  # no edge is left out
+        judge(x).square().sum().backward()
+        for name, p in [*G.named_parameters(), *judge.named_parameters()]:
+            assert p.grad.any(), name
+        G.eval(), judge.eval()
+        near(G(z[1:2]), G(z)[1:2].detach(), 1e-5)  # float32, sums in another order
+        near(judge(x[1:2]), judge(x)[1:2].detach(), 1e-4)
+    for build in gan.Generator, gan.Discriminator:
+        for size in 0, 3:
+            try:
+                raise AssertionError(f"took it: {build(1, size)}")
+            except ValueError as e:
+                assert f"--size {size}" in str(e) and "4" in str(e)
+
+def test_gan_first_weights():
+    """Weights start as N(0, 0.02^2), biases at 0, BatchNorm at scale 1, shift 0; its eps is torch's 1e-5."""
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        for net in gan.Generator(3, 28, 16, 64), gan.Discriminator(3, 28, 16):
+            for layer in net.modules():
+                if isinstance(layer, torch.nn.BatchNorm2d):
+                    assert (layer.weight == 1).all() and not layer.bias.any() and layer.eps == 1e-5
+                elif isinstance(getattr(layer, "weight", None), torch.Tensor):
+                    n = layer.weight.numel()
+                    near(layer.weight.mean().detach(), 0, 4.5 * 0.02 / n**0.5)
+                    near(layer.weight.std().detach(), 0.02, 4.5 * 0.02 / (2 * n) ** 0.5)
+                    assert layer.bias is None or not layer.bias.any()
+
+class Training:
+    """What gan.train did: the players' steps in their order, G's state after each of its steps, and all the z."""
+
+    def __init__(self, images, **flags):
+        self.steps, self.states, self.z = [], [], []
+        real, forward = types.SimpleNamespace(d=gan.d_step, g=gan.g_step), gan.Generator.forward
+
+        def d_step(judge, opt, x, fake):
+            logits = real.d(judge, opt, x, fake)
+            self.steps.append(("d", opt.param_groups[0]["lr"], x, fake, logits))
+            return logits
+
+        def g_step(G, judge, opt, fake, kind):
+            loss = real.g(G, judge, opt, fake, kind)
+            self.steps.append(("g", opt.param_groups[0]["lr"], kind, fake, loss))
+            self.states.append({name: value.clone() for name, value in G.state_dict().items()})
+            return loss
+
+        def watched(G, z):
+            if G.training:
+                self.z.append(z)
+            return forward(G, z)
+
+        watch = mock.patch.object(gan.Generator, "forward", watched)
+        with mock.patch.multiple(gan, d_step=d_step, g_step=g_step), watch:
+            self.average = quiet(gan.train, images, width=4, latent=8, **flags)
+
+def test_gan_training_steps():
+    """Algorithm 1: k steps of D, each on new images and new z, then one of G on D's last; one rate for both."""
+    images = torch.arange(0, 200, 20, dtype=torch.uint8).view(10, 1, 1, 1).repeat(1, 1, 8, 8)
+    for k, kind in (1, "nonsaturating"), (3, "minimax"):
+        made = Training(images, iters=30, batch=4, lr=1e-3, k=k, loss=kind)
+        assert "".join(step[0] for step in made.steps) == ("d" * k + "g") * 30
+        for i in range(30):
+            *_, last, own = made.steps[i * (k + 1) : (i + 1) * (k + 1)]
+            assert own[3] is last[3] and own[2] == kind and own[3].requires_grad
+            near([step[1] for step in (last, own)], 1e-3 * min((i + 1) / 200, 1 - i / 30), 1e-12)
+        x, z = torch.stack([step[2] for step in made.steps if step[0] == "d"]), torch.stack(made.z)
+        used, counts = x[..., 0, 0, 0].unique(return_counts=True)
+        near(used, torch.arange(0, 200, 20) / 127.5 - 1, 1e-6)
+        assert (x == x[..., :1, :1]).all() and counts.min() > 2 * k  # of 12 k each, on average
+        assert z.shape == (30 * k, 4, 8) and len(z.flatten(0, 1).unique(dim=0)) == 120 * k
+        near(z.mean(), 0, 4.5 / z.numel() ** 0.5)
+        near(z.var(), 1, 4.5 * (2 / z.numel()) ** 0.5)
+
+def test_gan_average_and_pictures():
+    """What draws is the average of G's weights and of BatchNorm's statistics; its pictures are taken on time."""
+    images, iters = gan.draw_digits(8, 8), 24
+    for seed in 0, 5:
+        with workdir() as here:
+            made = Training(images, iters=iters, batch=4, seed=seed, path=here / "model.pt")
+            G, judge, frames = gan.load_players(here / "model.pt")
+            parts = torch.load(here / "model.pt", weights_only=True)["parts"]
+        torch.manual_seed(seed)
+        mean = gan.Generator(1, 8, 4, 8)
+        want, states = {name: v.double() for name, v in mean.state_dict().items()}, made.states
+        z = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+        shots = [1, 1, 3, 4, 6, 9, 12, 16, 20, 24]  # 1, 4, 9, ..., 100 % of 24, rounded up
+        for i, state in enumerate(states):
+            m = (1 + i) / (10 + i)
+            want = {name: m * want[name] + (1 - m) * state[name] for name in want}
+            mean.load_state_dict(want | {name: v for name, v in state.items() if "num" in name})
+            for c in (c for c, shot in enumerate(shots) if shot == i + 1):
+                alike(frames[c].numpy(), gan.to_uint8(mean.eval()(z)).numpy())
+        for name, value in made.average.state_dict().items():
+            near(value, states[-1][name] if "num" in name else want[name], 1e-5)  # float32
+        assert (want["net.2.running_var"] - 1).abs().min() > 0.05  # they have moved
+        assert len(frames.flatten(1).unique(dim=0)) == len(set(shots)) and frames.dtype == torch.uint8
+        same(made.average.state_dict(), G.state_dict())
+        same(dict(judge.state_dict()), dict(parts[2]))
+        same(dict(states[-1]), dict(parts[0]))
+        assert [part["param_groups"][0]["betas"] for part in parts[4:6]] == [(0.5, 0.999)] * 2
+        assert not G.training and not judge.training and not made.average.training
+    assert Training(images, iters=1, batch=2, seed=-1).average.latent == 8
+
+def test_gan_memory_of_the_average():
+    """After many iterations the average still takes in 1 - 0.995 of G each time."""
+    logits, steps = torch.zeros(2), itertools.count()
+
+    def g_step(G, judge, opt, fake, kind):
+        G.net[-2].bias.data.fill_(next(steps))
+        return logits.sum()
+
+    with mock.patch.multiple(gan, d_step=lambda *args: (logits, logits), g_step=g_step):
+        images = torch.zeros(4, 1, 4, 4, dtype=torch.uint8)
+        average = quiet(gan.train, images, iters=1900, batch=2, width=1, latent=1)
+    want = 0.0
+    for i in range(1900):
+        m = min(0.995, (1 + i) / (10 + i))  # 0.995 from iteration 1790 on
+        want = m * want + (1 - m) * i
+    near(average.net[-2].bias.item(), want, 0.05)  # float32; with no upper end it lags 0.6 more
+
+def test_gan_log():
+    """log.csv has the means of D(x), D(G(z)) and the bound since the row before, and no sample of the last alone."""
+    with workdir() as here:
+        made = Training(gan.draw_digits(20, 8), iters=130, batch=4, path=here / "model.pt")
+        head, *rows = [row.split(",") for row in (here / "log.csv").read_text().split()]
+    assert head == ["iteration", "d_real", "d_fake", "js"] and [row[0] for row in rows] == ["100", "130"]
+    real, fake = (torch.stack(v).double() for v in zip(*(step[4] for step in made.steps if step[0] == "d")))
+    D_x, D_g = real.sigmoid(), fake.sigmoid()
+    js = (math.log(4) + D_x.log().mean(1) + (1 - D_g).log().mean(1)) / 2
+    for row, part in zip(rows, (slice(0, 100), slice(100, 130))):
+        near([float(v) for v in row[1:]], [v[part].mean() for v in (D_x, D_g, js)], 1e-5)
+
+def test_gan_losses_not_finite():
+    """Either loss may be the one that is not finite: training ends, and says at which iteration."""
+    images, nan = gan.draw_digits(4, 8), torch.full((2,), math.nan)
+    for player, broken in ("D", {"d_step": lambda *args: (nan, nan)}), ("G", {"g_step": lambda *args: nan.sum()}):
+        with mock.patch.multiple(gan, **broken), workdir() as here:
+            try:
+                quiet(gan.train, images, iters=3, batch=2, width=4, latent=4, path=here / "model.pt")
+                raise AssertionError(f"the loss of {player} was nan, and it did not mind")
+            except FloatingPointError as e:
+                assert re.search(rf"nan \({player}\).* iteration 3;.*--lr", str(e)), e
+                assert str(e).count("nan") == 1, e
+            assert not snapshot(here)
+
+def test_gan_learns():
+    """Given one image, G learns to draw it from any z; the same seed learns the same bits."""
+    images = gan.draw_digits(4, 8)[3:]
+    train = functools.partial(quiet, gan.train, images.repeat(4, 1, 1, 1), batch=8, width=8, latent=4)
+    want, x = gan.to_float(images), quiet(gan.sample, train(iters=250), 50)
+    assert (x - want).square().mean() < 0.3 * want.square().mean()
+    one, again, other = (train(iters=3, seed=seed).state_dict() for seed in (1, 1, 2))
+    same(dict(one), dict(again))
+    assert not torch.equal(one["net.0.weight"], other["net.0.weight"])
+
+def test_gan_sample():
+    """sample() draws all it was asked for, chunk by chunk, N(0, I) into the generator, the same for the same seed."""
+    asked = []
+    model = lambda z: asked.append(z) or z.view(-1, 1, 2, 3)
+    model.latent, state = 6, torch.get_rng_state()
+    x = quiet(gan.sample, model, 5000, chunk=2000)
+    assert [len(z) for z in asked] == [2000, 2000, 1000] and x.shape == (5000, 1, 2, 3)
+    assert torch.equal(x.flatten(1), torch.cat(asked)) and len(x.flatten(1).unique(dim=0)) == 5000
+    near(x.mean(), 0, 4.5 / 30_000**0.5)
+    near(x.var(), 1, 4.5 * (2 / 30_000) ** 0.5)
+    assert torch.equal(x, quiet(gan.sample, model, 5000, chunk=2000))
+    assert not torch.equal(x, quiet(gan.sample, model, 5000, chunk=2000, seed=1))
+    assert torch.equal(state, torch.get_rng_state())
+
+def test_gan_command():
+    """The report and the pictures are those of the averaged G and of D on the test images, and flags get through."""
+    real_load = gan.load_players
+
+    def load_players(path, device="cpu"):
+        G, judge, frames = real_load(path, device)
+        return woken(G), woken(judge), frames  # as if trained for longer
+
+    with workdir() as here, mock.patch.object(gan, "load_players", load_players):
+        grey(here, 40)
+        flags = dict(data="pics", iters=12, samples=9, seed=3, k=2, loss="minimax", latent=5, lr=0.01)
+        status, out, err = call(gan, command(gan, **flags))
+        assert (status, err) == (0, ""), err
+        settings = torch.load("run/model.pt", weights_only=True)["settings"]
+        assert {**settings, **flags, "data": None} == {**settings, "data": None, "samples": 9}
+        G, judge, frames = gan.load_players("run/model.pt")
+        assert np.array_equal(np.load("run/samples.npy"), gan.to_uint8(quiet(gan.sample, G, 9, 3))[:, 0])
+        assert np.array_equal(tiles("run/progress.png", 8, 10), frames.transpose(0, 1).flatten(0, 2).numpy())
+        walk = tiles("run/walk.png", 8, 10)
+        z = torch.randn(12, 5, generator=torch.Generator().manual_seed(3))
+        points = [ddim.slerp(u, v, a) for u, v in zip(z[::2], z[1::2]) for a in torch.linspace(0, 1, 10)]
+        alike(walk, gan.to_uint8(G(torch.stack(points)))[:, 0].numpy())
+        real = judge(gan.to_float(gan.load_images("pics", 8, test=True))).double()
+        fake = judge(quiet(gan.sample, G, 2000, 4)).double()
+        assert len(real) == 4 and 0.1 < fake.std()
+        js = (math.log(4) + real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean()) / 2
+        said = re.search(r"on 4 test images ([\d.]+), on 2000 of G's ([\d.]+): .*>= (-?[\d.]+) nats, (-?[\d.]+)%", out)
+        want = [real.sigmoid().mean(), fake.sigmoid().mean(), js, 100 * js / math.log(2)]
+        for got, v, digit in zip(said.groups(), want, (1e-3, 1e-3, 1e-4, 0.1)):
+            near(float(got), v, 0.51 * digit)
+
+def test_gan_bad_values():
+    """What cannot be trained is refused before anything is written, and so is a checkpoint of another game."""
+    bad = [("--k", "0", "--k"), ("--latent", "0", "--latent"), ("--loss", "hinge", "--loss"),
+           ("--size", "3", "--size 3.*at least 4"), ("--batch", "1", "--batch 1.*two")]
+    other = [("--k", "2", "k 1, not 2"), ("--loss", "minimax", "loss nonsaturating, not minimax"),
+             ("--latent", "9", "latent 64, not 9".replace("64", str(options(gan)["--latent"].default)))]
+    words, _, files = finished(gan)
+    lacks = torch.load(io.BytesIO(files["run/model.pt"]), weights_only=True)
+    lacks["parts"] = lacks["parts"][:3]  # no pictures
+    with workdir() as here:
+        inputs(here)
+        torch.save(lacks, here / "lacks.pt")
+        try:
+            raise AssertionError(f"it loaded {gan.load(here / 'lacks.pt')}")
+        except ValueError as e:
+            assert "lacks.pt" in str(e)
+        wrong = [refused(gan, [*words, name, value], say, here) for name, value, say in bad]
+        unpack(files, here)
+        wrong += [refused(gan, [*words, name, value], say + ".*--fresh", here) for name, value, say in other]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    for flags, say in ({"k": 0}, "--k 0"), ({"batch": 1}, "--batch 1"), ({"loss": "hinge"}, "hinge"):
+        try:
+            raise AssertionError(f"it trained: {quiet(gan.train, images, iters=1, **flags)}")
+        except ValueError as e:
+            assert say in str(e), e
+    try:
+        raise AssertionError(f"it trained: {gan.train(images[:, :, :6], iters=1)}")
+    except ValueError as e:
+        assert "8x6" in str(e)
+
 # -------------------------------------------------------------------------------------- training, several files -----
 def at_steps(loss, table):
     """A loss at integer steps as one at times 0 .. 1."""
