@@ -393,7 +393,7 @@ class Film(nn.Module):
         super().__init__()
         self.register_buffer("frames", torch.zeros(10, 8, *shape, dtype=torch.uint8))
 
-def train(images, iters=7500, batch=32, lr=2e-3, width=16, latent=64, k=1, loss="nonsaturating", device="cpu", seed=0,
+def train(images, iters=6500, batch=32, lr=2e-3, width=16, latent=64, k=1, loss="nonsaturating", device="cpu", seed=0,
           path=None, fresh=False, compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged G, ready to sample. Seeds torch's global generator.
 

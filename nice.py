@@ -436,7 +436,7 @@ def measure(model, images, seed=0, chunk=1000):
         nats.append(log_prob(model, dequantise(k.to(device), u)))  # (8)
     return torch.cat(nats)
 
-def train(images, iters=20000, batch=64, lr=3e-3, width=256, layers=3, couplings=4, device="cpu", seed=0, path=None,
+def train(images, iters=10000, batch=64, lr=3e-3, width=256, layers=3, couplings=4, device="cpu", seed=0, path=None,
           fresh=False, compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged model, as it was when the images of hold_out() that it is
     not trained on were the most likely. Seeds torch's global generator.

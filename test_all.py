@@ -3468,7 +3468,7 @@ def test_gan_average_and_pictures():
     images, iters = gan.draw_digits(8, 8), 24
     for seed in 0, 5:
         with workdir() as here:
-            made = Training(images, iters=iters, batch=4, seed=seed, path=here / "model.pt")
+            made = Training(images, iters=iters, batch=4, lr=2e-2, seed=seed, path=here / "model.pt")
             G, judge, frames = gan.load_players(here / "model.pt")
             parts = torch.load(here / "model.pt", weights_only=True)["parts"]
         torch.manual_seed(seed)

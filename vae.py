@@ -393,7 +393,7 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=20000, batch=100, lr=3e-3, width=512, latent=50, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=6800, batch=100, lr=3e-3, width=512, latent=50, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged model, ready to sample. Seeds torch's global generator.
 
