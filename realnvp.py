@@ -52,8 +52,8 @@ Sampling goes back from z. A walk among four images stays at the radius where ne
 
 Trip wires: log|det| is that of x -> z, not of z -> x. p(x) is a density on [0, 1]^D: on [0, 255]^D it would have
 D log 255 nats less, and without (13) it is one of h. T multiplies the deviation. Nats up to (12), bits from there.
-Differs from the paper in: (10) once, not batch norm in each coupling; alpha, 0.05 there (after a minute on one core that
-had 2.30 bits/dim, 1e-6 had 1.74), and 1 - 2 alpha for 1 - alpha, so that black is as far from 0 as white is from 1; two
+Differs from the paper in: (10) once, not batch norm in each coupling; alpha, 0.05 there (after a minute on one core it
+had 2.30 bits/dim, 1e-6 1.74), and 1 - 2 alpha for 1 - alpha, so that black is as far from 0 as white is from 1; two
 scales, with channel-wise couplings in both; small networks without weight norm; the weights are averaged; the learning
 rate falls to zero; phi and phi' end at pi/2, which puts the four images in corners.
 
