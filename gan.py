@@ -143,7 +143,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(channels, w, 4, stride=2, padding=1), nn.LeakyReLU(0.2),  # (N, w, size // 2, size // 2)
             nn.Conv2d(w, 2 * w, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(2 * w), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * w, 4 * w, 3, padding=1, bias=False), nn.BatchNorm2d(4 * w), nn.LeakyReLU(0.2),
-            nn.Flatten(), nn.Linear(4 * w * side * side, 1))
+            nn.Dropout2d(0.25), nn.Flatten(), nn.Linear(4 * w * side * side, 1))
         self.apply(dcgan_weights)
 
     def forward(self, x):
@@ -393,7 +393,7 @@ class Film(nn.Module):
         super().__init__()
         self.register_buffer("frames", torch.zeros(10, 8, *shape, dtype=torch.uint8))
 
-def train(images, iters=6500, batch=32, lr=2e-3, width=16, latent=64, k=1, loss="nonsaturating", device="cpu", seed=0,
+def train(images, iters=6800, batch=32, lr=2e-3, width=16, latent=64, k=1, loss="nonsaturating", device="cpu", seed=0,
           path=None, fresh=False, compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged G, ready to sample. Seeds torch's global generator.
 
@@ -410,7 +410,8 @@ def train(images, iters=6500, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     G = Generator(images.shape[1], images.shape[2], width, latent).to(device, memory_format=layout(device))
     D = Discriminator(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
     average = copy.deepcopy(G).requires_grad_(False).eval()
-    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.99)) for net in (G, D))
+    fused = torch.device(device).type != "mps"
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.99), fused=fused) for net in (G, D))
     still = torch.randn(8, latent, generator=torch.Generator().manual_seed(seed)).to(device)  # z for progress.png
     moments = [-(-iters * c * c // 100) for c in range(1, 11)]  # when: after 1, 4, 9, ..., 100 % of the training
     film = Film(G.shape).to(device)
