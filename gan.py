@@ -13,7 +13,7 @@ z        z                   latents, (N, Z), N(0, I); Z is --latent
 G(z)     G(z), fake          generated images, (N, C, H, W), -1 .. 1; their law is p_g
 d(x)     D(x), real_logits   what the network of D answers, (N,): any real number, above 0 if x looks real
 D(x)     logits.sigmoid()    the paper's D, 0 .. 1: the probability that x is real, 1 / (1 + e^-d(x))
-JS       js_estimate         Jensen-Shannon divergence of p_data and p_g in nats, a scalar, 0 .. log 2 = 0.693
+JS       >= js_estimate      Jensen-Shannon divergence of p_data and p_g in nats, 0 .. log 2 = 0.693; the code has (4)
 k        k                   steps of D for each step of G
 
 The game. D raises, and G lowers, one value:
@@ -40,13 +40,15 @@ Between two latents one walks at the distance from 0 where Gaussian noise lies, 
   (9) great_circle(u, v, a) = (sin((1 - a) theta) u + sin(a theta) v) / sin(theta)
 
 Trip wires: the network of D answers with logits, not probabilities. D's step detaches the generated images, G's must
-not. A loss of D near 0 is no good news: D has won, and JS is near log 2. Nats, not bits. (4) holds on average over new
-images; those that D was trained on it may know by heart. BatchNorm: real and generated images go through D in batches
-of their own, each with its own mean and variance. To draw and to report, G and D are in .eval() and use the running
-ones, or what becomes of an image would depend on its neighbours.
-Differs from the paper in: convolutions, batch norm, initial weights and Adam as in DCGAN (Radford et al. 2015,
-arXiv:1511.06434); the last generated batch that D has learned from serves the step of G too; what draws is an average
-of G's weights; the learning rate falls to zero.
+not. A loss of D near 0 is no good news: D has won, or knows its images by heart. Nats, not bits. (4) holds on average
+over images new to D, if D looks at one image at a time. In training it does not: BatchNorm gives real and generated
+images, which pass in batches of their own, the mean and variance of their batch. So js in log.csv is no bound, only the
+last line printed is. For it, and to draw, G and D are in .eval(): no dropout, and the running mean and variance, those
+of D from real and generated batches together. Mode collapse, few pictures for all z: raise --k or lower --lr.
+Differs from the paper in: convolutions and batch norm much like those of DCGAN (Radford et al. 2015, arXiv:1511.06434),
+with its initial weights and Adam's beta_1 = 0.5, but beta_2 = 0.99 and ten times its learning rate; D's last generated
+batch serves the step of G too; what draws is an average of G's weights; the learning rate rises for 200 steps and then
+falls to zero; no Parzen windows.
 
 python gan.py --data mnist --samples 2000         TODO-MEASURED
 python gan.py --loss minimax --out out/minimax    TODO-MEASURED
@@ -80,8 +82,8 @@ def js_estimate(real_logits, fake_logits):
 
 def d_step(D, opt, x, fake):
     """One step of D. Images (N, C, H, W) -> their logits before it, (N,) each. G and its gradients stay as they are."""
-    # detach: the same numbers without their history. With it, backward() would go on into G, for as long as a step of G
-    # takes, and leave a gradient there that G must not follow: towards images that D recognises better.
+    # detach: the same numbers without their history. With it, backward() would go on into G, for as long as a step of
+    # G takes, and use up the history, so that G's own step, which needs it, ends in an error.
     real_logits, fake_logits = D(x), D(fake.detach())  # a batch each
     opt.zero_grad()
     loss_d(real_logits, fake_logits).backward()
@@ -89,7 +91,8 @@ def d_step(D, opt, x, fake):
     return real_logits.detach(), fake_logits.detach()
 
 def g_step(G, D, opt, fake, kind="nonsaturating"):
-    """One step of G; fake = G(z), not detached -> the loss before it. D's weights and gradients stay as they are."""
+    """One step of G; fake = G(z), not detached -> the loss before it. D's weights and gradients stay as they are; the
+    running statistics of its BatchNorm do not."""
     loss = loss_g(D(fake), kind)  # the gradient comes to G through D and the image
     opt.zero_grad()
     loss.backward(inputs=list(G.parameters()))  # D hands it on; none is computed for D's own weights
@@ -104,7 +107,7 @@ def great_circle(u, v, a):
     return (torch.sin((1 - a) * theta) * u + torch.sin(a * theta) * v) / torch.sin(theta)  # (9)
 
 # -------------------------------------------------------------------------------------------------------- network -----
-# Any G from (N, Z) to (N, C, H, W) and any D from there to (N,) would do. These are DCGAN's.
+# Any G from (N, Z) to (N, C, H, W) and any D from there to (N,) would do. These are small relatives of DCGAN's.
 def dcgan_weights(layer):
     """Weights from N(0, 0.02^2), biases 0; BatchNorm stays at scale 1 and shift 0."""
     if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -410,7 +413,7 @@ def train(images, iters=6800, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     G = Generator(images.shape[1], images.shape[2], width, latent).to(device, memory_format=layout(device))
     D = Discriminator(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
     average = copy.deepcopy(G).requires_grad_(False).eval()
-    fused = torch.device(device).type != "mps"
+    fused = torch.device(device).type != "mps" and not compiled  # compiled gradients may have other strides
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.99), fused=fused) for net in (G, D))
     still = torch.randn(8, latent, generator=torch.Generator().manual_seed(seed)).to(device)  # z for progress.png
     moments = [-(-iters * c * c // 100) for c in range(1, 11)]  # when: after 1, 4, 9, ..., 100 % of the training
@@ -418,6 +421,8 @@ def train(images, iters=6800, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     parts, done, log = (G, average, D, film, opt_g, opt_d), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["gan"], device, wanted))
+        for opt in (opt_g, opt_d):  # a checkpoint brings the flag of the device that it was made on
+            opt.param_groups[0]["fused"] = fused and opt.param_groups[0]["fused"]
     net_g, net_d = (torch.compile(net) if compiled else net for net in (G, D))
     pairs, images = list(zip(average.state_dict().values(), G.state_dict().values())), images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros(4, device=device), time.time()
@@ -438,14 +443,13 @@ def train(images, iters=6800, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
         js = js_estimate(real_logits, fake_logits)
         total += torch.stack([real_logits.sigmoid().mean(), fake_logits.sigmoid().mean(), js, loss_now])
         if (i + 1) % 100 == 0 or i + 1 == iters:
-            *row, loss_mean = (total / (i % 100 + 1)).tolist()  # the only place where the device is waited for
-            log.append((i + 1, *row))
+            log.append((i + 1, *(total / (i % 100 + 1)).tolist()))  # the only place where the device is waited for
             total.zero_()
-            if not math.isfinite(row[2] + loss_mean):
-                raise FloatingPointError(f"the losses are {math.log(4) - 2 * row[2]} (D) and {loss_mean} (G) at "
+            if not math.isfinite(log[-1][3] + log[-1][4]):
+                raise FloatingPointError(f"the losses are {math.log(4) - 2 * log[-1][3]} (D) and {log[-1][4]} (G) at "
                                          f"iteration {i + 1}; try a smaller --lr")
             if path and (i + 1 == iters or time.time() - saved > 10):
-                save_checkpoint(path, "gan", wanted, parts, i + 1, log, ("d_real", "d_fake", "js"))
+                save_checkpoint(path, "gan", wanted, parts, i + 1, log, ("d_real", "d_fake", "js", "loss_g"))
                 saved = time.time()
         progress(i + 1, batch, "D(x) {1:.2f} D(G(z)) {2:.2f}".format(*log[-1]) if log else "")
     return average
@@ -476,9 +480,9 @@ def sample(model, n, seed=0, device="cpu", chunk=500):
 
 def main(argv=None):
     parser = image_parser(__doc__, "gan", train)
-    add = parser.add_argument
-    add("--width", type=at_least(1), default=16, help="channels of D at half the side; both networks grow with it")
-    add("--latent", type=at_least(1), default=64, help="dimensions of z")
+    add, default = parser.add_argument, inspect.signature(train).parameters
+    add("--width", type=at_least(1), default=default["width"].default, help="channels of D at half the side, and G's")
+    add("--latent", type=at_least(1), default=default["latent"].default, help="dimensions of z")
     add("--k", type=at_least(1), default=1, help="steps of D for each step of G")
     add("--loss", choices=("nonsaturating", "minimax"), default="nonsaturating", help="what G lowers")
     args = parser.parse_args(argv)
@@ -499,8 +503,10 @@ def main(argv=None):
         real_logits, fake_logits = (torch.cat([D(part) for part in x.split(500)]) for x in (real, fake))
         js = js_estimate(real_logits, fake_logits).item()
         d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+        terms = F.softplus(-real_logits), F.softplus(fake_logits)
+        error = sum(term.var(correction=0).item() / len(term) for term in terms) ** 0.5 / 2
         print(f"mean D(x) on {len(real)} test images {d_real:.3f}, on {len(fake)} of G's {d_fake:.3f}: "
-              f"JS(p_data || p_g) >= {js:.4f} nats, {js / math.log(2):.1%} of log 2")
+              f"JS(p_data || p_g) >= {js:.4f} +- {error:.4f} nats, {js / math.log(2):.1%} of log 2")
         print(f"{args.samples} samples: samples.png, samples.npy in {args.out}, with walk.png, log.csv, model.pt, and "
               "progress.png: a row for each z, after 1, 4, 9, ..., 100 % of the training")
 

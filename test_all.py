@@ -3516,12 +3516,14 @@ def test_gan_log():
     with workdir() as here:
         made = Training(gan.draw_digits(20, 8), iters=130, batch=4, path=here / "model.pt")
         head, *rows = [row.split(",") for row in (here / "log.csv").read_text().split()]
-    assert head == ["iteration", "d_real", "d_fake", "js"] and [row[0] for row in rows] == ["100", "130"]
+    assert head == ["iteration", "d_real", "d_fake", "js", "loss_g"]
+    assert [row[0] for row in rows] == ["100", "130"]
     real, fake = (torch.stack(v).double() for v in zip(*(step[4] for step in made.steps if step[0] == "d")))
     D_x, D_g = real.sigmoid(), fake.sigmoid()
     js = (math.log(4) + D_x.log().mean(1) + (1 - D_g).log().mean(1)) / 2
+    loss_g = torch.stack([step[4] for step in made.steps if step[0] == "g"])
     for row, part in zip(rows, (slice(0, 100), slice(100, 130))):
-        near([float(v) for v in row[1:]], [v[part].mean() for v in (D_x, D_g, js)], 1e-5)
+        near([float(v) for v in row[1:]], [v[part].mean() for v in (D_x, D_g, js, loss_g)], 1e-5)
 
 def test_gan_losses_not_finite():
     """Either loss may be the one that is not finite: training ends, and says at which iteration."""
@@ -3586,9 +3588,11 @@ def test_gan_command():
         fake = judge(quiet(gan.sample, G, 2000, 4)).double()
         assert len(real) == 4 and 0.1 < fake.std()
         js = (math.log(4) + real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean()) / 2
-        said = re.search(r"on 4 test images ([\d.]+), on 2000 of G's ([\d.]+): .*>= (-?[\d.]+) nats, (-?[\d.]+)%", out)
-        want = [real.sigmoid().mean(), fake.sigmoid().mean(), js, 100 * js / math.log(2)]
-        for got, v, digit in zip(said.groups(), want, (1e-3, 1e-3, 1e-4, 0.1)):
+        said = re.search(r"on 4 test images ([\d.]+), on 2000 of G's ([\d.]+): .*>= (-?[\d.]+) \+- ([\d.]+) nats, "
+                         r"(-?[\d.]+)%", out)
+        spread = (real.sigmoid().log().var() * 3 / 4 / 4 + (1 - fake.sigmoid()).log().var() / 2000).sqrt() / 2
+        want = [real.sigmoid().mean(), fake.sigmoid().mean(), js, spread, 100 * js / math.log(2)]
+        for got, v, digit in zip(said.groups(), want, (1e-3, 1e-3, 1e-4, 1.1e-4, 0.1)):
             near(float(got), v, 0.51 * digit)
 
 def test_gan_bad_values():

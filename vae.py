@@ -19,38 +19,39 @@ eps            eps            N(0, I), (N, latent)
 Wanted: a map that turns one distribution, noise that is easily drawn, into another, that of the images:
   (1) p(x) = integral of p(x|z) p(z) dz with p(z) = N(0, I): draw z, then the pixels
 To learn it, p(x) must be known for the images at hand, but hardly any z makes a given x, so draws of p(z) do not help.
-A second network says which z may have made x, by a Gaussian for each image, log sigma^2 being what it gives:
+A second network says which z may have made x, by a Gaussian for each image; it gives mu and log sigma^2:
   (2) q(z|x) = N(mu(x), diag sigma^2(x))                                                                             [9]
-Together these must be the prior, E_x q(z|x) = N(0, I), or new codes fall where no image was. Still each image keeps a
-narrow one in its own place. If all shared one, it would be N(0, I), and z could say nothing about x.
-Now (x, z) has two laws: data(x) q(z|x), image first, and p(z) p(x|z), code first. They should be one. What parts them,
-KL(data(x) q(z|x) || p(z) p(x|z)), is a constant minus the mean over the data of ELBO(x), and Jensen's inequality,
-log p(x) = log E_q[p(x|z) p(z) / q(z|x)] >= E_q[log(p(x|z) p(z) / q(z|x))], says what else that is, a bound:
+Averaged over the images these must give the prior, E_x q(z|x) = N(0, I), or a new z would fall where no image was. Yet
+each image keeps a narrow Gaussian in a place of its own: if all had the same one, z could say nothing about x.
+So (x, z) has two laws: data(x) q(z|x), image first, and p(z) p(x|z), code first. Training brings them together, for
+KL(data(x) q(z|x) || p(z) p(x|z)) is a constant minus the mean over the data of ELBO(x). And Jensen's inequality,
+log p(x) = log E_q[p(x|z) p(z) / q(z|x)] >= E_q[log(p(x|z) p(z) / q(z|x))], makes that ELBO a lower bound of log p(x):
   (3) log p(x) >= ELBO(x) = E_q[log p(x|z)] - KL(q(z|x) || p(z)); the gap is KL(q(z|x) || p(z|x))              [1, 2, 3]
-The first part, the reconstruction, wants sigma small and images apart; the KL wants them all in the middle.
+The first part, the reconstruction, wants sigma small and the codes of images apart; the KL wants mu = 0 and sigma = 1.
 E_q is one draw of z. A draw has no derivative, but take the randomness from eps, whose law has no parameters:
   (4) z = mu + sigma eps, eps ~ N(0, I), so that d/dmu E_q[f(z)] = E[f'(z)], d/dsigma E_q[f(z)] = E[f'(z) eps]       [4]
   (5) KL(q(z|x) || p(z)) = 1/2 sum_latents ( mu^2 + sigma^2 - 1 - log sigma^2 )                            [Appendix B]
 Pixels are independent once z is known. With log y = l - log(1 + e^l) and log(1 - y) = -log(1 + e^l):
   (6) log p(x|z) = sum_pixels ( x log y + (1 - x) log(1 - y) ) = sum_pixels ( x l - log(1 + e^l) )                  [11]
-The loss is in nats per image. Pixels and latents are summed, for log p(x) is; only over the images is there a mean:
+Pixels and latents are summed, as log p(x|z) and the KL are sums over them; only over the images is the mean taken:
   (7) loss = -1/N sum_images ELBO(x), of the N images of a batch                                                     [8]
-Grey is a chance. Whenever an image is used in training its pixels are drawn anew, those of the test set only once:
+A grey byte is read as a chance. A training image's pixels are drawn anew at each use, those of the test set only once:
   (8) x = 1 with probability byte / 255, else 0
 K draws of z give a better bound than (3), its case K = 1. It rises with K, and tends to log p(x):
   (9) log p(x) >= E log( 1/K sum_k w_k ), w_k = p(x|z_k) p(z_k) / q(z_k|x), z_k from (4), with                [IWAE]
       log w_k = log p(x|z_k) + 1/2 sum_latents ( eps_k^2 - z_k^2 + log sigma^2 )
 A latent that the encoder does not use has mu = 0, sigma = 1 for all images, and no KL. In use, or active, are those of
   (10) Var_x( mu_j(x) ) > 0.01                                                                                   [IWAE]
-Two latents fill a plane. Steps of equal probability, not of equal length, show all of it; Phi is the normal CDF:
+Two latents fill a plane. It is cut into cells of equal probability, not area, a z in each; Phi is the normal CDF:
   (11) z = Phi^-1(u) = sqrt(2) erfinv(2 u - 1) with u even over 0 .. 1                                     [Appendix A]
 
 Trip wires: a mean over pixels in (6) makes the KL D times too heavy, and all codes alike. log_var is log sigma^2, not
-sigma and not log sigma. ELBO and log p(x) lie below 0, higher is better; papers print them without the sign. Nats, not
+sigma and not log sigma. ELBO and log p(x) lie below 0, higher is better; many later papers print -log p(x). Nats, not
 bits. x is binary: for grey or -1 .. 1 the numbers are no log p(x). Drawn anew (dynamic) or once (static), binarised
 MNIST is two data sets, whose figures do not compare. The pictures show y, the chances, and not draws of x.
-Differs from the paper in: a deeper network, with convolutions in the decoder, and SiLU; Adam; no prior on the weights;
-an average of them; a learning rate that falls to zero.
+Differs from the paper in: a deeper network, with convolutions in the decoder, and SiLU for tanh; torch's initial
+weights; Adam for Adagrad; no prior on the weights; (8), which is IWAE's; results come from an average of the weights;
+the learning rate rises for 200 steps and then falls to zero.
 
 python vae.py --data mnist --nll 500             TODO-MEASURED
 python vae.py --latent 2 --out out/plane         TODO-MEASURED; manifold.png
@@ -102,11 +103,11 @@ def loss_elbo(model, x, eps=None):
 
 @torch.inference_mode()
 def log_prob(model, x, k, generator=None, chunk=2000):
-    """The bound on log p(x) by k draws of z, in nats -> (N,). Needs the memory of max(N, chunk) decoded images."""
+    """The bound on log p(x) by k draws of z, nats (N,), without gradients. Needs memory for max(N, chunk) images."""
     if k < 1:
         raise ValueError(f"k = {k}: the bound takes at least one draw")
     mu, log_var = model.encode(x)
-    total, most = mu.new_full((len(x),), -math.inf), max(1, chunk // len(x))
+    total, most = mu.new_full((len(x),), -math.inf), max(1, chunk // max(1, len(x)))
     for first in range(0, k, most):
         n = min(most, k - first)  # draws for each image at once
         eps = torch.randn(n, *mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
@@ -142,7 +143,7 @@ class VAE(nn.Module):
             nn.Linear(width, 2 * latent))
         self.decoder = nn.Sequential(
             nn.Linear(latent, width), nn.SiLU(), nn.Linear(width, 2 * maps * side * side), nn.SiLU(),
-            nn.Unflatten(1, (2 * maps, side, side)),  # (N, 2 maps, size / 4, size / 4)
+            nn.Unflatten(1, (2 * maps, side, side)),  # (N, 2 maps, side, side)
             nn.ConvTranspose2d(2 * maps, maps, 4, stride=2, padding=1), nn.SiLU(),
             nn.ConvTranspose2d(maps, channels, 4, stride=2, padding=1))
 
@@ -455,11 +456,11 @@ def sample(model, n, seed=0, device="cpu", chunk=1000):
 @torch.inference_mode()
 def evaluate_elbo(model, x, k=0, seed=0, chunk=100):
     """Images of zeros and ones -> nats (N, 2): reconstruction, KL; with k > 0 (N, 3): the bound by k draws, too."""
-    generator, rows = torch.Generator(x.device).manual_seed(seed), []
-    progress, done = Progress("test image", "images", len(x)), 0
+    generator, other = (torch.Generator(x.device).manual_seed(s) for s in (seed, seed + 1))
+    progress, rows, done = Progress("test image", "images", len(x)), [], 0
     for part in x.split(chunk):
         eps = torch.randn(len(part), model.latent, generator=generator, device=x.device)
-        bounds = [log_prob(model, part, k, generator)] if k else []
+        bounds = [log_prob(model, part, k, other)] if k else []
         rows.append(torch.stack([*elbo_parts(model, part, eps), *bounds], 1))
         done += len(part)
         progress(done, 1)
@@ -498,8 +499,8 @@ def main(argv=None):
               f"{mean[1]:.2f} - KL {mean[2]:.2f}; {active_latents(mu).sum()} of {args.latent} latents are active")
         if args.nll:
             print(f"log p(x) of them: at least {mean[3]:.2f} +- {error[3]:.2f} nats an image, by {args.nll} draws of z")
-        print(f"{args.samples} samples: samples.png, samples.npy in {args.out}, with reconstructions.png (test images "
-              f"and beside them theirs), walk.png, {'manifold.png, ' * (args.latent == 2)}log.csv, model.pt")
+        print(f"{args.samples} samples: samples.png, samples.npy in {args.out}, with reconstructions.png (each to the "
+              f"right of its image), walk.png, {'manifold.png, ' * (args.latent == 2)}log.csv, model.pt")
 
 if __name__ == "__main__":
     main()
