@@ -421,8 +421,8 @@ def train(images, iters=6800, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     parts, done, log = (G, average, D, film, opt_g, opt_d), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["gan"], device, wanted))
-        for opt in (opt_g, opt_d):  # a checkpoint brings the flag of the device that it was made on
-            opt.param_groups[0]["fused"] = fused and opt.param_groups[0]["fused"]
+        for opt in (opt_g, opt_d):
+            opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     net_g, net_d = (torch.compile(net) if compiled else net for net in (G, D))
     pairs, images = list(zip(average.state_dict().values(), G.state_dict().values())), images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros(4, device=device), time.time()

@@ -22,7 +22,7 @@ Let f map x to h one to one, smoothly, and p_H be the density of h. A small volu
 and after, p_X(x) dx = p_H(h) dh, and dh/dx is |det| of the Jacobian. The Jacobians of successive steps multiply, by the
 chain rule, and so do their determinants: f = f_K o ... o f_1 may be made of simple steps.
   (1) log p_X(x) = log p_H(f(x)) + log |det df/dx|                                                                   [2]
-  (2) log |det df/dx| = sum_k log |det df_k/dx_{k-1}|, x_{k-1} being what the step f_k is given
+  (2) log |det df/dx| = sum_j log |det df_j/dx_{j-1}|, x_{j-1} being what the step f_j is given
 An additive coupling changes one half of the numbers by a function of the other:
   (3) y_1 = x_1,  y_2 = x_2 + m(x_1);  dy/dx = [[I, 0], [dm/dx_1, I]], triangular, ones on the diagonal: det = 1   [3.2]
   (4) x_1 = y_1,  x_2 = y_2 - m(y_1), so m is never inverted: any network, of any width                            [3.2]
@@ -35,21 +35,22 @@ those that hold only noise. This orders them, as a principal component analysis 
 Its cumulative function is sigmoid. The inverse of that makes even numbers logistic, and f^-1 makes these an image:
   (7) h_i = log u_i - log(1 - u_i),  u_i even on 0 .. 1;  x = f^-1(h)
 Bytes have no density: a model could put a spike on each, and gain without bound. So each byte is spread over its bin,
-which is the paper's (255 x + u) / 256 for a byte written as x = k / 255:
+which is (255 x + u) / 256 in the authors' code, for a byte written as x = k / 255:
   (8) x = (k + u) / 256,  u even on 0 .. 1;  and back, k = floor(256 x)                                            [5.1]
 A bin has the probability P(k) = 256^-D E_u[p_X(x)] >= 256^-D exp E_u[log p_X(x)], by Jensen, so bytes cost at most
-  (9) bits/dim = 8 - log p_X(x) / (D ln 2), the mean over u, with log p_X(x) in nats: 1980.50 are 4.356 if D = 784
+  (9) bits/dim = 8 - log p_X(x) / (D ln 2), the mean over u, log p_X in nats: the paper's 1980.50 are 4.356, D = 784
 In-painting. Only the part x_O of x is known. The hidden part x_H climbs to where the density is high, within 0 .. 1:
  (10) x_H <- x_H + alpha_i (d log p_X(x_O, x_H) / dx_H + eps),  eps ~ N(0, I),  alpha_i = 10 / (100 + i)           [5.2]
 
 Trip wires: f goes from image to noise; sampling is f^-1. log p_X is of a density on 0 .. 1, and can be above zero; on
-0 .. 256 it would be D ln 256 less. exp(s) multiplies on the way to h. Nothing is chosen by the test images: of those to
-train on a sixth is held out, and the averaged weights under which it was the most likely are kept.
-Differs from the paper in: a smaller network; m answers in units of the spread of what it changes, which m could learn;
-s starts where h spreads as (6) does, and has ten times the rate, for Adam moves a number by hardly more than the sum of
-its rates; weights decay, which overfits less; their average. In (10) slopes are cut to -1 .. 1:
-they come near exp(s_i), a thousand for pixels that are always black, and these would leap from 0 to 1 and back with
-each step (limit=math.inf is the paper's).
+0 .. 256 it would be D ln 256 less. exp(s) multiplies on the way to h. Nothing is chosen by the test images: a
+random sixth of those to train on is held out, and the averaged weights are kept as they were when it was most likely.
+Differs from the paper in: a smaller network, and 13 passes over the images, not 1500; colour is not whitened; m answers
+in units of the spread of what it changes, which m could learn; s starts where h spreads as (6) does, and has ten times
+the rate, for Adam moves a number by hardly more than the sum of its rates; the rates fall to zero; weights of m
+decay (AdamW), which overfits less, and all are averaged. In (10) x_H starts as noise, and slopes are cut to -1 .. 1:
+they come near exp(s_i), above a thousand for pixels that are always black, and these would leap from 0 to 1 and back
+with each step (limit=math.inf is the paper's).
 
 python nice.py --data mnist --samples 2000      TODO-MEASURED
 python nice.py --layers 5 --width 1000          the paper's network; TODO-MEASURED
@@ -108,7 +109,7 @@ def logistic(u):
     return u.log() - torch.log1p(-u)  # (7)
 
 def dequantise(x, u):
-    """Bytes 0 .. 255 (any dtype) and u, uniform on [0, 1) of the same shape -> floats in [0, 1)."""
+    """Bytes 0 .. 255 of any dtype, u even on [0, 1), of one shape -> floats in 0 .. 1 (255 + u may round to 256)."""
     return (x + u) / 256
 
 def quantise(x):
@@ -170,7 +171,8 @@ class NICE(nn.Module):
 
     @torch.no_grad()
     def start(self, x):
-        """Given a few thousand dequantised images: y centred, and each number of h with root mean square 1.8."""
+        """Given a few thousand dequantised images: y centred, by the first two couplings, and each number of h with a
+        root mean square of 1.8; the spreads of the couplings."""
         a, b = halves(x.flatten(1))
         for i, m in enumerate(self.m):
             half, (*_, last, spread) = (b, a)[i % 2], m
@@ -426,7 +428,7 @@ def hold_out(images):
     order, n = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)), max(1, len(images) // 6)
     return images[order[n:] if len(images) > 1 else order], images[order[:n]]
 
-@torch.no_grad()
+@torch.inference_mode()
 def measure(model, images, seed=0, chunk=1000):
     """log p_X in nats, (N,), of uint8 images (N, C, H, W). One u for each byte, the same whenever the seed is."""
     device, nats = model.s.device, []
@@ -438,8 +440,8 @@ def measure(model, images, seed=0, chunk=1000):
 
 def train(images, iters=10000, batch=64, lr=3e-3, width=256, layers=3, couplings=4, device="cpu", seed=0, path=None,
           fresh=False, compiled=False):
-    """uint8 images (N, C, H, H) on the CPU -> the averaged model, as it was when the images of hold_out() that it is
-    not trained on were the most likely. Seeds torch's global generator.
+    """uint8 images (N, C, H, H) on the CPU -> the averaged model, as it was when the part that hold_out() keeps from
+    training was the most likely. Seeds torch's global generator. s learns at ten times lr.
 
     path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
     FloatingPointError if the loss is not finite (what was saved last stays). log.csv has the mean log p_X in nats of
@@ -452,15 +454,18 @@ def train(images, iters=10000, batch=64, lr=3e-3, width=256, layers=3, couplings
     torch.manual_seed(seed)
     images, valid = (part.to(device) for part in hold_out(images))
     model = NICE(images.shape[1], images.shape[2], width, layers, couplings).to(device)
-    k = images[torch.randint(len(images), (5000,), device=device)]
+    k = images[torch.randint(len(images), (min(5000, 4_000_000 // images[0].numel() + 10),), device=device)]
     model.start(dequantise(k, torch.rand(k.shape, device=device)))
     average = copy.deepcopy(model).requires_grad_(False).eval()
     best = copy.deepcopy(average)
+    fused = torch.device(device).type != "mps" and not compiled  # compiled gradients may have other strides
     opt = torch.optim.AdamW([{"params": model.m.parameters(), "weight_decay": 0.3}, {"params": [model.s]}], lr,
-                            betas=(0.9, 0.99), weight_decay=0, fused=torch.device(device).type != "mps")
+                            betas=(0.9, 0.99), weight_decay=0, fused=fused)
     parts, done, log = (model, average, opt, best), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["nice"], device, wanted))
+        for group in opt.param_groups:
+            group["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     net, valid_nats = torch.compile(model) if compiled else model, log[-1][2] if log else -math.inf
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
@@ -499,7 +504,7 @@ def load(path, device="cpu"):
     fill(path, [model], state["parts"][3:4])
     return model.to(device).requires_grad_(False).eval()
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, n, seed=0, chunk=1000):
     """n images, (n, C, H, W) in -1 .. 1 on the model's device, each number one of the 256 that bytes have."""
     device, images = model.s.device, []

@@ -10,18 +10,18 @@ Paper: Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, 
 symbol      in the code         what it is
 x           x                   images, (N, C, H, W), 0 .. 1; D = C H W numbers each
 h           h                   logits of x, (N, C, H, W), -13.8 .. 13.8, and what the steps make of them
-h_1, h_2    left, right         the halves of h, (N, 2 C, H/2, W/2) each
+h_1, h_2    left, right         the halves of h: at the first scale (N, 2 C, H/2, W/2) each, then (N, 4 C, H/4, W/4)
 s, t        s, t = net(half)    log-scale and shift of a coupling, each of the shape of the other half
 z           z                   latents, (N, D); p(z) = N(0, I)
 f, f^-1     model(h), model.inverse(z)    h -> z and log|det dz/dh|, (N,), in nats; z -> h
-alpha       alpha               how near to 0 and 1 the logit is let: 1e-6
+alpha       alpha               1e-6: the q of (13), whose logit is h, stays within alpha .. 1 - alpha
 T           temperature         deviation of the z that are drawn; 1 is the model itself
 
-Change of variables: where f stretches space, what was on it gets thinner. With z = f(x) and p(z) = N(0, I),
+Change of variables: where a map stretches space, what was on it gets thinner. For x -> z one to one, p(z) = N(0, I),
   (1) log p(x) = log p(z) + log|det dz/dx|                                                                           [3]
   (2) log p(z) = -1/2 sum_i (z_i^2 + log(2 pi))
-f is a chain of simple steps: determinants multiply, so their logs add up, and f^-1 undoes the last step first. The
-step that learns is the affine coupling, which changes one half of h by what it sees in the other:
+f is a chain of simple steps on the logits h of x, see (13): determinants multiply, so their logs add up, and f^-1
+undoes the last step first. The step that learns is the affine coupling. It changes one half by what is in the other:
   (3) y_1 = h_1,  y_2 = h_2 exp(s(h_1)) + t(h_1)                                                                  [4, 5]
 dy_1/dh_2 = 0, so the Jacobian is triangular with 1 and exp(s) on its diagonal. No derivative of s or t is in it,
   (4) log|det dy/dh| = sum s(h_1)                                                                                    [6]
@@ -29,33 +29,36 @@ and as y_1 = h_1 is still there, nothing has to be solved to go back; s and t ma
   (5) h_1 = y_1,  h_2 = (y_2 - t(y_1)) exp(-s(y_1))                                                                  [8]
 exp(s) of a free s overflows sooner or later. With raw from the network and one learned scale a channel, |s| <= |scale|:
   (6) s = scale tanh(raw)
-Halves. In a checkerboard the first half is all pixels (i, j) with i + j even: those where the mask of [9] is 1. Of a
-2x2 cell [[a b] [c d]] they are a and d. So each half is an image of half the side, and no masked zero is computed:
+Halves. In a checkerboard the first half is all pixels (i, j) with i + j even: the mask of [9], 1 where i + j is odd,
+reversed, for either may come first. Of a 2x2 cell [[a b] [c d]] they are a and d. So each half is an image of half the
+side, and no masked zero is computed:
   (7) h (N, C, H, W) -> h_1 = (all a, all d),  h_2 = (all b, all c),  each (N, 2 C, H/2, W/2)
 Squeezed to (N, 4 C, H/2, W/2), the same four are channels. The channel-wise halves are the first two and the last two:
   (8) h_1 = (all a, all b),  h_2 = (all d, all c)
 h_2 changes by h_1, then h_1 by h_2, and so on: two couplings change every pixel. After both kinds of halves, h_2 is
-put aside as latents; h_1 goes on to a second scale of the same kind, at half the side, and is kept there:
+put aside as latents; h_1 goes on to a second scale of the same kind, at half the side, where both end as latents:
   (9) (h', z_1) = f_1(h),  (h'', z_2) = f_2(h'),  z = (z_1, z_2, h''): D/2, D/4 and D/4 numbers                 [13-16]
-Before all couplings each pixel gets mean 0 and variance 1 (mean, deviation: of images), a learned gain, and a bias:
+Before all couplings each pixel of h gets mean 0 and variance 1 (those of 1000 images), a learned gain and a bias:
   (10) y = (h - mean) / deviation exp(gain) + bias,  log|det dy/dh| = sum (gain - log deviation)
 Data. A density can grow without limit on bytes, which are points, so u, even on [0, 1), fills the gaps between them:
   (11) x = (byte + u) / 256
 P(bytes) is the integral of p(x) over a cell of volume 256^-D. By Jensen, log P >= E_u[log p(x)] - D log 256:
   (12) bits/dim = -log2 P(bytes) / D <= 8 - E_u[log p(x)] / (D ln 2)
-x ends at 0 and 1, z nowhere: the logit is between them, and its Jacobian counts:
+x ends at 0 and 1, z nowhere. The logit leads from one to the other, and its Jacobian counts:
   (13) h = log q - log(1 - q) with q = alpha + (1 - 2 alpha) x
        log|det dh/dx| = sum (log(1 - 2 alpha) - log q - log(1 - q))
-Sampling goes back from z. A walk among four images stays at the radius where nearly all of N(0, I) is:
+Sampling goes back from z. A walk among four images by angles keeps the length of z, if theirs are alike and orthogonal:
   (14) h = f^-1(T eps),  eps ~ N(0, I)
   (15) z = cos(phi) (cos(phi') z^1 + sin(phi') z^2) + sin(phi) (cos(phi') z^3 + sin(phi') z^4)                      [19]
 
-Trip wires: log|det| is that of x -> z, not of z -> x. p(x) is a density on [0, 1]^D: on [0, 255]^D it would have
-D log 255 nats less, and without (13) it is one of h. T multiplies the deviation. Nats up to (12), bits from there.
-Differs from the paper in: (10) once, not batch norm in each coupling; alpha, 0.05 there (after a minute on one core it
-had 2.30 bits/dim, 1e-6 1.74), and 1 - 2 alpha for 1 - alpha, so that black is as far from 0 as white is from 1; two
-scales, with channel-wise couplings in both; small networks without weight norm; the weights are averaged; the learning
-rate falls to zero; phi and phi' end at pi/2, which puts the four images in corners.
+Trip wires: log|det| is that of x -> z, not of z -> x. p(x) is a density on [0, 1]^D: on [0, 256]^D it would have
+D log 256 nats less, and without (13) it is one of h. T multiplies the deviation. All logs are in nats, only (12) is in
+bits. A sixth of the images is held out and only watched (valid_bits in log.csv).
+Differs from the paper in: (10) once, and no batch norm; alpha, 0.05 there (on MNIST, a minute on one core, that gave
+2.30 bits/dim, 1e-6 gave 1.74); 1 - 2 alpha for 1 - alpha, as in the authors' code, so that x = 1 has a logit too; the
+other half of the checkerboard first; two scales of one width, with channel-wise couplings in both; small networks
+without weight norm; no mirrored images; averaged weights; a learning rate that falls to zero; T, which it has not; phi
+and phi' end at pi/2 (its code goes all around), which puts the four images in corners.
 
 python realnvp.py --data mnist --samples 2000    TODO-MEASURED
 python realnvp.py --temperature 0.7              the same model, drawn with less deviation; TODO-MEASURED
@@ -88,7 +91,7 @@ def log_latent(z):
     return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)  # (2)
 
 def dequantise(x, u):
-    """Bytes 0 .. 255 (any dtype) and u, uniform on [0, 1) of the same shape -> floats in [0, 1)."""
+    """Bytes 0 .. 255 of any dtype, u even on [0, 1), of one shape -> floats in 0 .. 1 (255 + u may round to 256)."""
     return (x + u) / 256
 
 def bits_per_dim(nats, dims):
@@ -98,7 +101,7 @@ def bits_per_dim(nats, dims):
 def to_logit(x, alpha=ALPHA):
     """Images in 0 .. 1, the ends included -> their logits, of the same shape, and log|det dh/dx|, (N,)."""
     q = alpha + (1 - 2 * alpha) * x  # (13)
-    left, right = q.log(), (1 - q).log()
+    left, right = q.log(), (alpha + (1 - 2 * alpha) * (1 - x)).log()  # of q and of 1 - q, without cancellation
     return left - right, (math.log(1 - 2 * alpha) - left - right).flatten(1).sum(1)  # (13)
 
 def from_logit(h, alpha=ALPHA):
@@ -158,7 +161,7 @@ class Normalise(nn.Module):
 
     def start(self, h):
         self.mean.copy_(h.mean(0))
-        self.deviation.copy_(h.std(0, correction=0).clamp(min=1e-3))  # u alone gives 0.004 or more, one image gives 0
+        self.deviation.copy_(h.std(0, correction=0).clamp(min=1e-3))  # u alone gives 0.0045 or more, a single h gives 0
 
     def forward(self, h):
         log_det = (self.gain - self.deviation.log()).sum()  # (10)
@@ -478,7 +481,7 @@ def train(images, iters=4600, batch=32, lr=2e-2, width=16, blocks=1, couplings=3
     path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
     FloatingPointError if the loss is not finite (what was saved last stays)."""
     wanted = dict(channels=images.shape[1], size=images.shape[2], width=width, blocks=blocks, couplings=couplings,
-                  iters=iters, batch=batch, lr=lr, seed=seed,
+                  alpha=ALPHA, iters=iters, batch=batch, lr=lr, seed=seed,
                   images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
@@ -489,10 +492,12 @@ def train(images, iters=4600, batch=32, lr=2e-2, width=16, blocks=1, couplings=3
     model.start(to_logit(dequantise(first, torch.rand(first.shape)))[0])
     model = model.to(device, memory_format=layout(device))
     average = copy.deepcopy(model).requires_grad_(False).eval()
-    opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=torch.device(device).type != "mps")
+    fused = torch.device(device).type != "mps" and not compiled  # compiled gradients may have other strides
+    opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=fused)
     parts, done, log = (model, average, opt), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["realnvp"], device, wanted))
+        opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     net, images = torch.compile(model) if compiled else model, images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     valid_bits = log[-1][2] if log else math.inf
@@ -512,8 +517,9 @@ def train(images, iters=4600, batch=32, lr=2e-2, width=16, blocks=1, couplings=3
                 valid_bits = image_bits(average, held_out[:1000], seed, device).mean().item()
             log.append((i + 1, total.item() / (i % 100 + 1), valid_bits))  # here only is the device waited for
             total.zero_()
-            if not math.isfinite(log[-1][1]):
-                raise FloatingPointError(f"the loss is {log[-1][1]} at iteration {i + 1}; try a smaller --lr")
+            if not math.isfinite(log[-1][1] + valid_bits):
+                raise FloatingPointError(f"the loss is {log[-1][1]} in training, {valid_bits} held out, at iteration "
+                                         f"{i + 1}; try a smaller --lr")
             if path and (i + 1 == iters or time.time() - saved > 10):
                 save_checkpoint(path, "realnvp", wanted, parts, i + 1, log, ("train_bits", "valid_bits"))
                 saved = time.time()
@@ -522,7 +528,7 @@ def train(images, iters=4600, batch=32, lr=2e-2, width=16, blocks=1, couplings=3
 
 def load(path, device="cpu"):
     """The averaged model of a checkpoint, ready to sample; model.shape is the (C, H, W) of its images."""
-    state = load_checkpoint(Path(path), ["realnvp"], device)
+    state = load_checkpoint(Path(path), ["realnvp"], device, dict(alpha=ALPHA))
     names = "channels", "size", "width", "blocks", "couplings"
     model = RealNVP(*(state["settings"][name] for name in names))
     fill(path, [model], state["parts"][1:2])
