@@ -3595,6 +3595,23 @@ def test_gan_command():
         for got, v, digit in zip(said.groups(), want, (1e-3, 1e-3, 1e-4, 1.1e-4, 0.1)):
             near(float(got), v, 0.51 * digit)
 
+def test_gan_stacked():
+    """--stacked: each channel is a permutation of all grey images, each in another order; colours are refused."""
+    x = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(-1, -1, 8, 8)
+    y = gan.stack(x, 1)
+    order = y[:, :, 0, 0].T.tolist()
+    assert y.shape == (50, 3, 8, 8) and (y == y[:, :, :1, :1]).all()
+    assert all(sorted(channel) == list(range(50)) for channel in order) and len({tuple(c) for c in order}) == 3
+    assert torch.equal(y, gan.stack(x, 1)) and not torch.equal(y, gan.stack(x, 2))
+    with workdir() as here:
+        grey(here)
+        words = [*command(gan, data="pics"), "--stacked"]
+        wrong = refused(gan, [*words, "--channels", 3], "grey", here)
+        assert not wrong, wrong
+        assert call(gan, words)[0] == 0 and np.load("run/samples.npy").shape == (2, 8, 8, 3)
+        saved = torch.load("run/model.pt", weights_only=True)["settings"]["images"]
+        assert saved == hashlib.sha256(gan.stack(gan.load_images("pics", 8), 0).numpy()).hexdigest()[:12]
+
 def test_gan_bad_values():
     """What cannot be trained is refused before anything is written, and so is a checkpoint of another game."""
     bad = [("--k", "0", "--k"), ("--latent", "0", "--latent"), ("--loss", "hinge", "--loss"),
