@@ -47,7 +47,7 @@ last line printed is. For it, and to draw, G and D are in .eval(): no dropout, a
 of D from real and generated batches together. Mode collapse, few pictures for all z: raise --k or lower --lr.
 Differs from the paper in: convolutions and batch norm much like those of DCGAN (Radford et al. 2015, arXiv:1511.06434),
 with its initial weights and Adam's beta_1 = 0.5, but beta_2 = 0.99 and ten times its learning rate; D's last generated
-batch serves the step of G too; what draws is an average of G's weights; the learning rate rises for 200 steps and then
+batch serves the step of G too; averages of the weights draw and report; the learning rate rises for 200 steps and then
 falls to 40 %; no Parzen windows.
 
 python gan.py --data mnist --samples 2000         155 s on two cores; fd 14.1
@@ -410,19 +410,20 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     torch.manual_seed(seed)
     G = Generator(images.shape[1], images.shape[2], width, latent).to(device, memory_format=layout(device))
     D = Discriminator(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
-    average = copy.deepcopy(G).requires_grad_(False).eval()
+    average, average_d = (copy.deepcopy(net).requires_grad_(False).eval() for net in (G, D))
     fused = torch.device(device).type != "mps" and not compiled  # compiled gradients may have other strides
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.99), fused=fused) for net in (G, D))
     still = torch.randn(8, latent, generator=torch.Generator().manual_seed(seed)).to(device)  # z for progress.png
     moments = [-(-iters * c * c // 100) for c in range(1, 11)]  # when: after 1, 4, 9, ..., 100 % of the training
     film = Film(G.shape).to(device)
-    parts, done, log = (G, average, D, film, opt_g, opt_d), 0, []
+    parts, done, log = (G, average, average_d, film, D, opt_g, opt_d), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["gan"], device, wanted))
         for opt in (opt_g, opt_d):
             opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     net_g, net_d = (torch.compile(net) if compiled else net for net in (G, D))
-    pairs, images = list(zip(average.state_dict().values(), G.state_dict().values())), images.to(device)
+    states = [net.state_dict().values() for net in (average, average_d, G, D)]
+    pairs, images = [*zip(states[0], states[2]), *zip(states[1], states[3])], images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros(4, device=device), time.time()
     for i in range(done, iters):
         for opt in (opt_g, opt_d):
@@ -453,7 +454,7 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     return average
 
 def load_players(path, device="cpu"):
-    """The averaged G and the D of a checkpoint, in eval mode, and what progress.png shows, uint8 (10, 8, C, H, W)."""
+    """The averaged G and D of a checkpoint, in eval mode, and what progress.png shows, uint8 (10, 8, C, H, W)."""
     state = load_checkpoint(Path(path), ["gan"], device)
     channels, size, width, latent = (state["settings"][name] for name in ("channels", "size", "width", "latent"))
     G, D = Generator(channels, size, width, latent), Discriminator(channels, size, width)

@@ -3422,7 +3422,7 @@ class Training:
     """What gan.train did: the players' steps in their order, G's state after each of its steps, and all the z."""
 
     def __init__(self, images, **flags):
-        self.steps, self.states, self.z = [], [], []
+        self.steps, self.states, self.judges, self.z = [], [], [], []
         real, forward = types.SimpleNamespace(d=gan.d_step, g=gan.g_step), gan.Generator.forward
 
         def d_step(judge, opt, x, fake):
@@ -3434,6 +3434,7 @@ class Training:
             loss = real.g(G, judge, opt, fake, kind)
             self.steps.append(("g", opt.param_groups[0]["lr"], kind, fake, loss))
             self.states.append({name: value.clone() for name, value in G.state_dict().items()})
+            self.judges.append({name: value.clone() for name, value in judge.state_dict().items()})
             return loss
 
         def watched(G, z):
@@ -3488,8 +3489,17 @@ def test_gan_average_and_pictures():
         assert len(frames.flatten(1).unique(dim=0)) > 4 and frames.dtype == torch.uint8
         same(made.average.state_dict(), G.state_dict())
         same(dict(judge.state_dict()), dict(parts[2]))
+        same(dict(made.judges[-1]), dict(parts[4]))
+        torch.manual_seed(seed)
+        gan.Generator(1, 8, 4, 8)
+        want = {name: v.double() for name, v in gan.Discriminator(1, 8, 4).state_dict().items()}
+        for i, state in enumerate(made.judges):
+            m = (1 + i) / (10 + i)
+            want = {name: m * want[name] + (1 - m) * state[name] for name in want}
+        for name, value in parts[2].items():
+            near(value, made.judges[-1][name] if "num" in name else want[name], 1e-5)  # D is averaged, too
         same(dict(states[-1]), dict(parts[0]))
-        assert [part["param_groups"][0]["betas"] for part in parts[4:6]] == [(0.5, 0.99)] * 2
+        assert [part["param_groups"][0]["betas"] for part in parts[5:7]] == [(0.5, 0.99)] * 2
         assert not G.training and not judge.training and not made.average.training
     assert Training(images, iters=1, batch=2, seed=-1).average.latent == 8
 
