@@ -103,13 +103,20 @@ def count_words(text):
     return words
 
 def learn_merges(words, n):
-    """{word, a bytes of ids: how often it stands in the text} -> at most n merges (a, b), fewer if no pair is left."""
-    rows, times = [[*word, -1] for word in words], list(words.values())  # -1 ends a word
+    """{word, a bytes of ids: how often it stands in the text} -> at most n merges (a, b), fewer if no pair is left.
+
+    All words lie in one list, -1 after each. A merged token stands where its first byte stood; left and right jump over
+    what is gone, so that a merge takes the same time wherever it is."""
+    ids, times = [], []
+    for word, n_w in words.items():
+        ids += (*word, -1)
+        times += [n_w] * (len(word) + 1)
+    left, right = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
     count, where, merges = collections.defaultdict(int), collections.defaultdict(list), []
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+    for i, pair in enumerate(zip(ids, ids[1:])):
+        if pair[0] >= 0 <= pair[1]:
             count[pair] += times[i]  # (3)
-            where[pair].append(i)  # once for each time that it stands there
+            where[pair].append(i)
     heap = [(-c, pair) for pair, c in count.items()]
     heapq.heapify(heap)
     while heap and len(merges) < n:
@@ -118,29 +125,25 @@ def learn_merges(words, n):
             if count[pair] > 0:
                 heapq.heappush(heap, (-count[pair], pair))
             continue
-        (a, b), c, born = pair, 256 + len(merges), set()
+        (a, b), c, born = pair, 256 + len(merges), collections.defaultdict(list)
         merges.append(pair)  # (4)
         for i in where.pop(pair):
-            ids = rows[i]
-            try:
-                at = ids.index(a)
-                while ids[at + 1] != b:
-                    at = ids.index(a, at + 1)
-            except ValueError:  # another merge has taken one of the two
-                continue
-            ids[at : at + 2] = (c,)  # (5)
-            if at:
-                x = ids[at - 1]
-                count[x, a] -= times[i]  # (6)
-                count[x, c] += times[i]  # (6)
-                where[x, c].append(i)
-                born.add((x, c))
-            if (y := ids[at + 1]) >= 0:
-                count[b, y] -= times[i]  # (6)
-                count[c, y] += times[i]  # (6)
-                where[c, y].append(i)
-                born.add((c, y))
+            j, n_w = right[i], times[i]
+            if ids[i] != a or ids[j] != b:
+                continue  # another merge has taken one of the two
+            ids[i], ids[j] = c, -2  # (5)
+            k = right[i] = right[j]
+            left[k] = i
+            if (x := ids[left[i]]) >= 0:
+                count[x, a] -= n_w  # (6)
+                count[x, c] += n_w  # (6)
+                born[x, c].append(left[i])
+            if (y := ids[k]) >= 0:
+                count[b, y] -= n_w  # (6)
+                count[c, y] += n_w  # (6)
+                born[c, y].append(i)
         del count[pair]
+        where.update(born)
         for pair in born:
             if count[pair] > 0:
                 heapq.heappush(heap, (-count[pair], pair))

@@ -8,8 +8,8 @@
 test_repo_* hold for every file that lies here, each file in a test of its own; test_ddpm_* and so on hold for one file.
 The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
 import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib, http.server
-import importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time, tokenize, traceback
-import types, unicodedata, unittest
+import importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time
+import tokenize, traceback, types, unicodedata, unittest
 from pathlib import Path
 from unittest import mock
 
@@ -3802,6 +3802,7 @@ def test_bpe_long_runs():
         assert ids == made.encode("a" * n)
     assert asked[1] < 11 * asked[0] and asked[0] < 6000, asked
     made.encode("b" * 100_000)
+    assert bpe.BPE.train("ab" * 100_000, 270).merges[1:3] == [(b"ab", b"ab"), (b"abab", b"abab")]
     assert all(len(key) <= 64 for key in (*made.words, *made.heads, *made.pieces))  # nothing long is kept
 
 def test_bpe_special():
@@ -3894,9 +3895,11 @@ def test_bpe_load_text():
     with workdir() as here:
         long = "Word after word. " * 100
         unpack({"lib/b.py": f'"""B {long}"""\ndef f():\n    """F."""\n    if 1:\n        class C:\n            "C."\n'
-                            '            async def g(): "G."\nx = """no"""\ndef h():\n    """F."""\n'.encode(),
+                            '            async def g(): "G."\nx = """no"""\n'
+                            'def h():\n    """F."""\n'.encode(),
                 "lib/a/z.py": b'"""Z,\n   indented."""', "lib/a.py": b'"A."', "lib/test/t.py": b'"T."',
-                "lib/c.txt": b'"X."',                "lib/site-packages/s.py": b'"S."', "lib/bad.py": b'"B."\n(', "lib/latin.py": b'"\xff"'}, here)
+                "lib/c.txt": b'"X."', "lib/site-packages/s.py": b'"S."', "lib/bad.py": b'"B."\n(',
+                "lib/latin.py": b'"\xff"'}, here)
         with mock.patch.object(bpe.sysconfig, "get_path", lambda name: {"stdlib": str(here / "lib")}[name]):
             want = ["A.", "B " + long.strip(), "F.", "C.", "G.", "Z,\nindented."]
             assert bpe.load_text() == "\n\n".join(want) == bpe.load_text("docstrings"), bpe.load_text()
