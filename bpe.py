@@ -448,8 +448,8 @@ def main(argv=None):
         file = args.encode or args.decode
         given = contents(file) if file else b""
         bpe, had = find_or_train(args, sys.stderr if file else sys.stdout)
-        if file and hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(encoding="utf-8", newline="")  # the very bytes, on any system
+        if hasattr(sys.stdout, "reconfigure"):  # for a file the very bytes, on any system
+            sys.stdout.reconfigure(**dict(encoding="utf-8", newline="") if file else dict(errors="backslashreplace"))
         if args.encode:
             try:
                 print(*bpe.encode(given.decode()))
@@ -478,7 +478,8 @@ def find_or_train(args, log):
     path, job = args.out / "settings.json", args.encode or args.decode
     there = any((args.out / name).exists() for name in ("settings.json", "vocab.json", "encoder.json"))
     text = None if args.text == "docstrings" else load_text(args.text)
-    name = f"docstrings of Python {platform.python_version()}" if text is None else fingerprint(text.encode())
+    name = f"docstrings of Python {platform.python_version()}" if text is None else (
+        hashlib.sha256(text.encode()).hexdigest()[:12])
     wanted = dict(text=name, vocab=args.vocab, special=list(dict.fromkeys(args.special)))
     flags = dict(text=args.text != "docstrings", vocab=args.vocab != 4096, special=bool(args.special))
     if there and not args.fresh:
@@ -486,8 +487,8 @@ def find_or_train(args, log):
         if path.exists():
             try:
                 had = json.loads(path.read_bytes())
-                if had["made"] != fingerprint((args.out / "vocab.json").read_bytes()):
-                    raise ValueError("vocab.json is not the one that it was written for")
+                if had["made"] != fingerprint(args.out):
+                    raise ValueError("it was written for another vocab.json or merges.txt")
                 had["bytes"] / had["tokens"]
             except (ValueError, LookupError, TypeError, ZeroDivisionError) as e:
                 raise ValueError(f"{path}: damaged ({e}); --fresh trains anew over it") from None
@@ -503,11 +504,12 @@ def find_or_train(args, log):
     if len(bpe.bytes) < args.vocab:
         print(f"no pair is left in this text after {len(bpe.merges)} merges", file=log)
     bpe.save(args.out)
-    write(path, json.dumps(had | dict(made=fingerprint((args.out / "vocab.json").read_bytes()))).encode())
+    write(path, json.dumps(had | dict(made=fingerprint(args.out))).encode())
     return bpe, had
 
-def fingerprint(raw):
-    return hashlib.sha256(raw).hexdigest()[:12]
+def fingerprint(folder):
+    """Of the files from which BPE.load reads a run folder."""
+    return hashlib.sha256((folder / "vocab.json").read_bytes() + (folder / "merges.txt").read_bytes()).hexdigest()[:12]
 
 if __name__ == "__main__":
     main()
