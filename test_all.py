@@ -3832,7 +3832,7 @@ def test_bpe_special():
 
 def test_bpe_formats():
     """vocab.json, merges.txt and the rank file are GPT-2's and tiktoken's, and come back by either name."""
-    text = "## the ## the thé\n\n## the" * 3
+    text = "## the ## the thé\n\n## the one two three four" * 3
     made = bpe.BPE.train(text, 270, ["<|end|>"])
     with workdir() as here:
         made.save(here / "run")
@@ -3851,7 +3851,7 @@ def test_bpe_formats():
         for path in "run", "gpt", "run/ranks.tiktoken":
             again = bpe.BPE.load(path)
             assert (again.tokens, again.merges, again.pairs) == (made.tokens, made.merges, made.pairs), path
-            assert again.special == ({} if path.endswith("n") and path != "run" else made.special)
+            assert again.special == ({} if "ranks" in path else made.special)
             assert again.encode(text + "Thé end") == made.encode(text + "Thé end")
         again.save("again")
         assert (here / "again/ranks.tiktoken").read_bytes() == (here / "run/ranks.tiktoken").read_bytes()
@@ -3921,17 +3921,17 @@ def piped(words, text):
 
 def test_bpe_command():
     """Trains once, shows, encodes and decodes files and pipes; other settings and damage are refused."""
-    words = ["--text", "words.txt", "--vocab", "280", "--out", "run"]
+    words = ["--text", "words.txt", "--vocab", "270", "--out", "run"]
     with workdir() as here:
         inputs(here)
         status, out, err = call(bpe, [*words, "--special", "<s>"])
         assert (status, err) == (0, "") and set(os.listdir("run")) == {
             "vocab.json", "merges.txt", "ranks.tiktoken", "tokens.png", "settings.json"}
         files, made = snapshot(here), bpe.BPE.load("run")
-        assert made.special == {"<s>": 279} and out.splitlines()[-1].endswith(" in run")
+        assert made.special == {"<s>": 269} and out.splitlines()[-1].endswith(" in run")
         text = (here / "words.txt").read_text()
-        assert f"280 tokens, {len(text) / len(made.encode(text)):.3f} bytes per token" in out, out
-        assert "first merges: 'at' " in out and "The| t|o|k" in out.replace("| |", "|") or "T|" in out, out
+        assert f"270 tokens, {len(text) / len(made.encode(text)):.3f} bytes per token" in out, out
+        assert "first merges: 'at' " in out and "\nT|" in out, out
         with mock.patch.object(bpe, "learn_merges", side_effect=AssertionError("it trains")):
             status, again, _ = call(bpe, [*words, "--special", "<s>"])
             assert status == 0 and again.splitlines() == out.splitlines()[1:] and snapshot(here) == files
@@ -3948,9 +3948,9 @@ def test_bpe_command():
             (here / "latin.txt").write_bytes(b"caf\xe9")
             special, out = ["--special", "<s>"], ["--out", "run"]
             wrong = [refused(bpe, flags, say, here) for flags, say in [
-                ([*words, *special, "--vocab", "281"], "vocab 280, not 281.*--fresh"), (words, "special.*--fresh"),
+                ([*words, *special, "--vocab", "281"], "vocab 270, not 281.*--fresh"), (words, "special.*--fresh"),
                 ([*words, *special, "--text", "other.txt"], "text .*--fresh"), (out, "text .*--fresh"),
-                ([*out, "--vocab", "300", "--encode", "odd.txt"], "vocab 280, not 300.*--fresh"),
+                ([*out, "--vocab", "300", "--encode", "odd.txt"], "vocab 270, not 300.*--fresh"),
                 ([*out, "--encode", "nowhere"], "nowhere"), ([*out, "--encode", "latin.txt"], "latin.txt: not UTF-8"),
                 ([*out, "--decode", "odd.txt"], "odd.txt: want ids"), ([*out, "--encode", "run"], "run"),
                 ([*out, "--encode", "odd.txt", "--decode", "ids.txt"], "not allowed"),
