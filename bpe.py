@@ -40,7 +40,7 @@ Decoding writes the bytes of the ids one after the other:
 Trip wires: ids are of bytes, so a token may be half a letter, and only all of the bytes need be UTF-8 (what is not is
 shown as U+FFFD). A special token's name in a text is plain text, unless encode is told that it is allowed. The letters
 are those of this Python's unicodedata. Python's \\s has U+001C .. U+001F besides, and its \\w the underscore.
-A word is looked up whole before it is merged, which is the same where the merges make that token; load() checks it.
+A word is merged, and only then remembered: a token that the merges do not make of its bytes is never used.
 Differs from the paper in: bytes for characters, the splitting (1), and no mark for the end of a word.
 
 python bpe.py --vocab 4096                        TODO-MEASURED
@@ -223,6 +223,9 @@ class BPE:
             raise ValueError(f"the merges or the bytes need the token {e.args[0]!r}, which is not there") from None
         self.words = Table(lambda word: tuple(merge_word([self.first[b] for b in word.encode()], self.pairs)))
         self.heads, self.pieces = Table(self._ids), Table(lambda piece: self._ids(whole(piece)))
+
+    def prepare(self):
+        """Fills the tables with the words that are one token, so that even a first text is encoded fast -> self."""
         for raw, i in self.tokens.items():
             with contextlib.suppress(UnicodeDecodeError):
                 if len(raw) > 1 and pre_tokens(word := raw.decode()) == [word]:
@@ -230,6 +233,7 @@ class BPE:
                         self.words[word] = (i,)
                         if word[0] == " " != word[1]:
                             self.pieces[word[1:]] = (i,)
+        return self
 
     def _ids(self, string):
         return tuple(itertools.chain.from_iterable(map(self.words.__getitem__, pre_tokens(string))))
@@ -297,7 +301,7 @@ class BPE:
         rank file. What is in the vocabulary but neither a byte nor merged is a special token. OSError, ValueError."""
         path = Path(path)
         try:
-            return cls.load_ranks(path) if path.is_file() else cls.load_folder(path)
+            return (cls.load_ranks(path) if path.is_file() else cls.load_folder(path)).prepare()
         except (binascii.Error, LookupError, TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"{path}: not a tokenizer, or a damaged one ({e})") from None
 

@@ -3756,6 +3756,7 @@ def small_bpe(special=("<|end|>",)):
 def test_bpe_round_trip():
     """Any string goes round, from every plane of Unicode; any bytes and any ids decode; a lone surrogate is refused."""
     made, rng = small_bpe(), np.random.default_rng(2)
+    assert all(bpe.merge_word([made.first[b] for b in raw], made.pairs) == [i] for raw, i in made.tokens.items())
     for plane in range(17):
         points = [*range(plane << 16, (plane + 1) << 16, 13), (plane << 16) + 0xFFFF]
         text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
@@ -3870,7 +3871,7 @@ def test_bpe_formats():
 def test_bpe_unreachable():
     """A token in the vocabulary that the merges do not make of its own bytes is not used, whole word or not."""
     tokens = {bytes([b]): i for i, b in enumerate(bpe.BYTES)} | {b"ab": 256, b"bc": 257, b"abc": 258}
-    other = bpe.BPE(tokens, [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")])
+    other = bpe.BPE(tokens, [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")]).prepare()
     assert other.encode("abc bc") == [256, tokens[b"c"], 220, 257]  # ab is older than bc, so abc never comes to be
 
 def test_bpe_gpt2():
