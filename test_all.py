@@ -7,9 +7,9 @@
 
 test_repo_* hold for every file that lies here, each file in a test of its own; test_ddpm_* and so on hold for one file.
 The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
-import argparse, ast, collections, contextlib, difflib, errno, functools, gzip, hashlib, http.server, importlib
-import inspect, io, itertools, math, os, re, shlex, subprocess, sys, tempfile, threading, time, tokenize, traceback
-import types, unittest
+import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib, http.server
+import importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time
+import tokenize, traceback, types, unicodedata, unittest
 from pathlib import Path
 from unittest import mock
 
@@ -43,6 +43,9 @@ def each(applies=lambda module: True):
 
 def has_images(module):
     return hasattr(module, "load_images")
+
+def has_checkpoint(module):
+    return hasattr(module, "load_checkpoint")
 
 def near(got, want, atol=0.0, rtol=0.0):
     """Both as float64, and equal to within atol + rtol |want|, every element."""
@@ -369,7 +372,7 @@ def test_repo_readme():
     for link in (a or b for a, b in links):
         assert re.match(r"\w+:", link) or (HERE / link).exists(), f"the README links to {link}, which is not there"
 
-@each()
+@each(has_checkpoint)
 def test_repo_stop_and_resume(module):
     """Stopped between two saves, the same command ends with the very bytes of a run that was never stopped."""
     words, _, files = finished(module)
@@ -407,7 +410,7 @@ def test_repo_run_again(module):
         assert status == 0, err
         assert not (differ := changed(files, snapshot(here))), differ
 
-@each()
+@each(has_checkpoint)
 def test_repo_fresh(module):
     """--fresh forgets the checkpoint, even a broken one, but leaves it there until there is something to save."""
     with workdir() as here:
@@ -512,7 +515,7 @@ def refused_data(module, files, say):
         except (ValueError, OSError) as e:
             return wrong or (None if re.search(say, str(e)) else f"load_images says {e}")
 
-@each()
+@each(has_checkpoint)
 def test_repo_bad_checkpoint(module):
     """A checkpoint that is none, or of other data, another file, network or setting, is refused and stays as it is."""
     words, _, files = finished(module)
@@ -567,7 +570,8 @@ def test_repo_full_disk(module):
     with workdir() as here:
         unpack(files, here)
         with full_disk(4000):
-            wrong = refused(module, [*words, "--iters", 2, "--fresh"], "too large|space", here)
+            less = ["--iters", 2] if "--iters" in options(module) else []
+            wrong = refused(module, [*words, *less, "--fresh"], "too large|space", here)
     assert not wrong, wrong
 
 class Mirror(http.server.BaseHTTPRequestHandler):
@@ -3651,6 +3655,367 @@ def test_gan_bad_values():
         raise AssertionError(f"it trained: {gan.train(images[:, :, :6], iters=1)}")
     except ValueError as e:
         assert "8x6" in str(e)
+
+# ------------------------------------------------------------------------------------------------------------ bpe -----
+bpe = MODULES["bpe"]
+NASTY = list("aZé9²Ⅷ一ह_!.' \t\n\r\x0b\x1c\x1f\x85\xa0\u2003\u3000😀\u0301\0\ud800\U0001d7d8\U0001f100") + [
+    " ", " ", "  ", "   ", "\n", "\n\n", " \n", "\n ", "'s", "'ll", "'S", "s", "__", "ve"]
+
+def kind(c):
+    """Unicode's class of a character, by its category alone: l(etter), n(umber), s(pace) or o(ther)."""
+    category = unicodedata.category(c)
+    return "s" if category[0] == "Z" or c in "\t\n\x0b\x0c\r\x85" else {"L": "l", "N": "n"}.get(category[0], "o")
+
+def split_by_hand(text):
+    """GPT-2's splitting, a character at a time."""
+    kinds, i, found = [kind(c) for c in text] + ["end"], 0, []
+    while i < len(text):
+        start = i + (text[i] == " " and kinds[i + 1] in "lno")
+        end = start
+        while kinds[end] == kinds[start]:
+            end += 1
+        if kinds[start] == "s" and end < len(text) and end - start > 1:
+            end -= 1  # the last space goes with the word
+        for short in "'s", "'t", "'re", "'ve", "'m", "'ll", "'d":
+            if text.startswith(short, i):
+                end = i + len(short)
+        found.append(text[i:end])
+        i = end
+    return found
+
+def naive_merges(words, n):
+    """Recounts everything before every merge. words: [(bytes, ...)] with repeats -> [(bytes, bytes)]."""
+    order = {bytes([b]): i for i, b in enumerate([*range(33, 127), *range(161, 173), *range(174, 256), *range(33),
+                                                 *range(127, 161), 173])}
+    merges = []
+    while len(merges) < n:
+        count = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not count:
+            break
+        a, b = min(count, key=lambda pair: (-count[pair], order[pair[0]], order[pair[1]]))
+        order[a + b] = len(order)
+        merges.append((a, b))
+        words = [naive_apply(word, a, b) for word in words]
+    return merges
+
+def naive_apply(word, a, b):
+    new, i = [], 0
+    while i < len(word):
+        pair = word[i : i + 2] == [a, b]
+        new.append(a + b if pair else word[i])
+        i += 1 + pair
+    return new
+
+def letters(text):
+    return [bytes([b]) for b in text.encode()]
+
+def test_bpe_wikipedia():
+    """The example of Wikipedia's page: aaabdaaabac -> ZabdZabac -> ZYdZYac -> XdXac."""
+    made = bpe.BPE.train("aaabdaaabac", 259)
+    assert made.merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
+    a, c, d = (ord(letter) - ord("!") for letter in "acd")  # GPT-2's order of the bytes
+    assert made.encode("aaabdaaabac") == [258, d, 258, a, c]
+    assert made.decode([258, d, 258, a, c]) == "aaabdaaabac" and len(made.bytes) == 259
+
+def test_bpe_categories():
+    """Each of the 1,114,112 code points is in the class that its category says."""
+    everything = list(map(chr, range(sys.maxunicode + 1)))
+    kinds = "".join(map(kind, everything))
+    assert kinds.count("s") == 25
+    for one in "lno":
+        text = "".join(itertools.compress(everything, map(one.__eq__, kinds)))
+        assert len(text) > 1000 and bpe.any_text().findall(text) == [text], one
+    spaces = "".join(itertools.compress(everything, map("s".__eq__, kinds)))
+    assert bpe.any_text().findall(spaces) == [spaces] and bpe.any_text().findall("\x1c\x1f ") == ["\x1c\x1f", " "]
+    for text in ("".join(everything[:128]), "".join(everything[:128][::-1])):
+        assert bpe.ASCII.findall(text) == bpe.any_text().findall(text) == split_by_hand(text)
+
+def test_bpe_splits():
+    """Splits of random texts of all kinds are those of a splitter by hand, and the cuts are among them."""
+    rng = np.random.default_rng(0)
+    pool = np.array(NASTY, dtype=object)
+    plain = np.array([c for c in NASTY if c.isascii()], dtype=object)
+    for n in range(3000):
+        text = "".join(rng.choice((pool, plain)[n % 2], rng.integers(0, 14)))
+        want = split_by_hand(text)
+        assert bpe.pre_tokens(text) == want, (text, want)
+        strings = [s for head, pieces in bpe.cut_text(text) for s in [head, *map(bpe.whole, pieces)]]
+        assert "".join(strings) == text and [t for s in strings for t in bpe.pre_tokens(s)] == want, (text, strings)
+        assert bpe.count_words(text) == collections.Counter(want)
+    strings = [s for head, pieces in bpe.cut_text("It's a  test\n\nof   it") for s in [head, *pieces]]
+    assert strings == ["It's", "a", "", "test", "\n", "\nof", "  ", "", "it"], strings
+    assert bpe.pre_tokens("I've  1st\n") == ["I", "'ve", " ", " 1", "st", "\n"]
+
+def test_bpe_naive_training():
+    """On 1000 small texts full of ties: the merges of a trainer that recounts, and the ids of one that scans."""
+    rng = np.random.default_rng(1)
+    short = 0
+    for n in range(1000):
+        text = "".join(rng.choice(list(("ab", "abc ", "aé ", "zyx \n")[n % 4]), rng.integers(1, 60)))
+        words = split_by_hand(text)
+        made = bpe.BPE.train(text, 256 + 12)
+        want = naive_merges(list(map(letters, words)), 12)
+        assert made.merges == want, (text, made.merges, want)
+        short += len(want) < 12
+        text += "".join(rng.permutation(list(text)))
+        ids = [made.tokens[token] for word in split_by_hand(text) for token in
+               functools.reduce(lambda word, pair: naive_apply(word, *pair), want, letters(word))]
+        assert made.encode(text) == ids, text
+        assert made.decode(ids) == text
+    assert 50 < short < 950  # texts that run out of pairs are among them, and others
+
+def test_bpe_hash_seed():
+    """Another PYTHONHASHSEED, the same merges and files."""
+    code = "import bpe, sys; b = bpe.BPE.train(open('bpe.py', encoding='utf-8').read(), 600, ['<b>', '<a>']); " \
+           "b.save(sys.argv[1])"
+    runs = []
+    with workdir() as here:
+        for seed in "0", "1", "77":
+            subprocess.run([sys.executable, "-B", "-c", code, str(here / seed)], cwd=HERE, check=True,
+                           env={**os.environ, "PYTHONHASHSEED": seed})
+            runs.append(snapshot(here / seed))
+    assert runs[0] == runs[1] == runs[2] and len(runs[0]) == 3
+
+def small_bpe(special=("<|end|>",)):
+    return bpe.BPE.train(SOURCES["bpe"], 500, special)
+
+def test_bpe_round_trip():
+    """Any string goes round, from every plane of Unicode; any bytes and any ids decode; a lone surrogate is refused."""
+    made, rng = small_bpe(), np.random.default_rng(2)
+    assert all(bpe.merge_word([made.first[b] for b in raw], made.pairs) == [i] for raw, i in made.tokens.items())
+    for plane in range(17):
+        points = [*range(plane << 16, (plane + 1) << 16, 13), (plane << 16) + 0xFFFF]
+        text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+        assert made.decode(made.encode(text)) == text
+    for text in "", "\0", "\0\0 \0", "\r\n\r\n", "a\u0301", " ", "   ", "\n", "é" * 500, "\ufeffx":
+        assert made.decode(made.encode(text)) == text
+    for n in range(200):
+        raw = rng.bytes(int(rng.integers(0, 40)))
+        ids = [made.tokens[bytes([b])] for b in raw]
+        assert made.decode_bytes(ids) == raw and made.decode(ids) == raw.decode("utf-8", "replace")
+    assert made.decode(list(range(500))[::-1])
+    for bad in "\ud800", "fine \udfff fine", "a" * 200 + "\ud83d":
+        assert "surrogate" in refusal(made.encode, bad) and "surrogate" in refusal(bpe.BPE.train, bad, 300)
+    assert "-1" in refusal(made.decode, [5, -1]) and "500" in refusal(made.decode, [500])
+
+def refusal(function, *args):
+    """The sentence with which it refuses."""
+    try:
+        result = function(*args)
+    except (ValueError, OSError) as e:
+        return str(e)
+    raise AssertionError(f"it took it: {result}")
+
+def test_bpe_long_runs():
+    """The heap gives what the scan gives; its look-ups grow in proportion to the text; long words train as well."""
+    rng, made = np.random.default_rng(3), bpe.BPE.train("abababbaabbbaaaabaaba" * 30 + " a" * 9, 290)
+    for n in range(300):
+        ids = [made.first[b] for b in bytes(rng.choice([97, 98], rng.integers(1, 101)).tolist())]
+        assert bpe.merge_long(ids, made.pairs) == bpe.merge_word(ids, made.pairs)
+
+    class Counted(dict):
+        asked = 0
+
+        def get(self, *key):
+            Counted.asked += 1
+            return super().get(*key)
+
+    made, asked = bpe.BPE.train("a" * 64, 261), []
+    for n in 1000, 10_000:
+        Counted.asked = 0
+        ids = bpe.merge_word([made.first[97]] * n, Counted(made.pairs))
+        asked.append(Counted.asked)
+        assert [len(made.bytes[i]) for i in ids[: n // 32]] == [32] * (n // 32) and len(ids) <= n // 32 + 5
+        assert ids == made.encode("a" * n)
+    assert asked[1] < 11 * asked[0] and asked[0] < 6000, asked
+    made.encode("b" * 100_000)
+    assert bpe.BPE.train("ab" * 100_000, 270).merges[1:3] == [(b"ab", b"ab"), (b"abab", b"abab")]
+    assert all(len(key) <= 64 for key in (*made.words, *made.heads, *made.pieces))  # nothing long is kept
+
+def test_bpe_special():
+    """Specials are plain text unless allowed, the longest name wins, and they survive save, load and decode."""
+    names = ["<s>", "<s>more", "a b\n", "日"]
+    made = small_bpe(names)
+    assert made.special == {"<s>": 496, "<s>more": 497, "a b\n": 498, "日": 499} and len(made.merges) == 240
+    text = "x<s>more<s> a b\n日<s"
+    plain, some = made.encode(text), made.encode(text, allowed_special=["<s>"])
+    assert max(plain) < 496 and set(some) & {496, 497, 498, 499} == {496} and some.count(496) == 2
+    every = made.encode(text, allowed_special="all")
+    assert [i for i in every if i >= 496] == [497, 496, 498, 499] and every == made.encode(text, set(names))
+    assert made.encode("a<s>b", ["<s>"]) == [*made.encode("a"), 496, *made.encode("b")]
+    assert all(made.decode(ids) == text for ids in (plain, some, every))
+    with workdir() as here:
+        made.save(here / "deep" / "run")
+        again = bpe.BPE.load(here / "deep" / "run")
+    assert again.special == made.special and again.encode(text, "all") == every and again.decode(every) == text
+    assert "<t>" in refusal(made.encode, "x", ["<t>"])
+    word = b"".join(next(pair for pair in made.merges if b" " not in pair)).decode()
+    for bad, say in ([""], "no name"), (["a"], "'a'"), ([word], f"'{word}'"), (["\ud800"], "surrogate"):
+        assert say in refusal(small_bpe, bad), bad
+    with workdir() as here:
+        assert "Ġ" in refusal(small_bpe(["Ġ"]).save, here) and not snapshot(here)  # vocab.json's space
+    for size, special in (255, []), (256, ["<s>"]), (0, []):
+        assert str(size) in refusal(bpe.BPE.train, "a", size, special)
+
+def test_bpe_formats():
+    """vocab.json, merges.txt and the rank file are GPT-2's and tiktoken's, and come back by either name."""
+    text = "## the ## the thé\n\n## the one two three four" * 3
+    made = bpe.BPE.train(text, 270, ["<|end|>"])
+    with workdir() as here:
+        made.save(here / "run")
+        vocab = json.loads((here / "run/vocab.json").read_text("utf-8"))
+        lines = (here / "run/merges.txt").read_text("utf-8").split("\n")
+        ranks = [line.split() for line in (here / "run/ranks.tiktoken").read_text().splitlines()]
+        assert [vocab[c] for c in ("!", "~", "¡", "ÿ", "Ā", "Ċ", "Ġ", "Ń")] == [0, 93, 94, 187, 188, 198, 220, 255]
+        assert list(vocab.values()) == list(range(270)) and vocab["<|end|>"] == 269 and vocab["Ġthe"] < 269
+        assert lines[0] == "#version: 0.2" and lines[-1] == "" and len(lines) == 2 + 13
+        assert "# #" in lines and all(vocab[a + b] == 256 + k for k, (a, b) in enumerate(map(str.split, lines[1:-1])))
+        assert [int(rank) for _, rank in ranks] == list(range(269))
+        tokens = [base64.b64decode(raw) for raw, _ in ranks]
+        assert tokens == [made.bytes[i] for i in range(269)] and tokens[220] == b" " and b" the" in tokens
+        unpack({"gpt/encoder.json": (here / "run/vocab.json").read_bytes(),
+                "gpt/vocab.bpe": (here / "run/merges.txt").read_bytes().rstrip()}, here)
+        for path in "run", "gpt", "run/ranks.tiktoken":
+            again = bpe.BPE.load(path)
+            assert (again.tokens, again.merges, again.pairs) == (made.tokens, made.merges, made.pairs), path
+            assert again.special == ({} if "ranks" in path else made.special)
+            assert again.encode(text + "Thé end") == made.encode(text + "Thé end")
+        again.save("again")
+        assert (here / "again/ranks.tiktoken").read_bytes() == (here / "run/ranks.tiktoken").read_bytes()
+        files = snapshot(here / "run")
+        bad = {"vocab.json": [b"", b"[]", b"{", b'{"a": 0}', files["vocab.json"].replace(b" 256,", b' "256",'), b"\xff",
+                              files["vocab.json"].replace(b" 256,", b" 255,")],
+               "merges.txt": [b"one\n", b"a b c\n", b"zz zz\n", "日 a\n".encode(), b"\xff"],
+               "ranks.tiktoken": [b"x", b"!!!! 1\n", b"YQ== a\n", b"", b"YQ== 0\n"]}
+        for name, raws in bad.items():
+            for raw in raws:
+                unpack({**{"bad/" + file: old for file, old in files.items()}, "bad/" + name: raw}, here)
+                say = refusal(bpe.BPE.load, "bad/ranks.tiktoken" if name[0] == "r" else "bad")
+                assert say.startswith("bad") and "\n" not in say, (name, raw, say)
+        assert "nowhere" in refusal(bpe.BPE.load, "nowhere")
+
+def test_bpe_unreachable():
+    """A token in the vocabulary that the merges do not make of its own bytes is not used, whole word or not."""
+    tokens = {bytes([b]): i for i, b in enumerate(bpe.BYTES)} | {b"ab": 256, b"bc": 257, b"abc": 258}
+    other = bpe.BPE(tokens, [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")]).prepare()
+    assert other.encode("abc bc") == [256, tokens[b"c"], 220, 257]  # ab is older than bc, so abc never comes to be
+
+def test_bpe_gpt2():
+    """Published ids of GPT-2, where the environment variable GPT2 names a folder with encoder.json and vocab.bpe."""
+    if "GPT2" not in os.environ:
+        raise unittest.SkipTest("GPT2 names no folder")
+    gpt2 = bpe.BPE.load(os.environ["GPT2"])
+    assert len(gpt2.bytes) == 50257 and gpt2.special == {"<|endoftext|>": 50256} and len(gpt2.merges) == 50000
+    published = {"hello world": [31373, 995], "Hello world": [15496, 995], " Hello world": [18435, 995],
+                 "Hello, world!": [15496, 11, 995, 0], "0" * 8: [8269], "0" * 15: [8269, 24598], "0" * 16: [25645],
+                 "0" * 17: [8269, 10535, 830], "0" * 10: [8269, 405]}
+    for text, ids in published.items():
+        assert gpt2.encode(text) == ids and gpt2.decode(ids) == text, text
+    assert gpt2.encode("hello <|endoftext|>", "all") == [31373, 220, 50256]
+    assert 50256 not in gpt2.encode("hello <|endoftext|>")
+    assert sum(len(words) == 1 for words in gpt2.words.values()) > 45_000  # what is a token is found at once
+
+def test_bpe_load_text():
+    """Docstrings in the order of the files, each once; a file as it is; what is no text is refused."""
+    with workdir() as here:
+        long = "Word after word. " * 100
+        unpack({"lib/b.py": f'"""B {long}"""\ndef f():\n    """F."""\n    if 1:\n        class C:\n            "C."\n'
+                            '            async def g(): "G."\nx = """no"""\n'
+                            'def h():\n    """F."""\n'.encode(),
+                "lib/a/z.py": b'"""Z,\n   indented."""', "lib/a.py": b'"A."', "lib/test/t.py": b'"T."',
+                "lib/c.txt": b'"X."', "lib/site-packages/s.py": b'"S."', "lib/bad.py": b'"B."\n(',
+                "lib/latin.py": b'"\xff"'}, here)
+        with mock.patch.object(bpe.sysconfig, "get_path", lambda name: {"stdlib": str(here / "lib")}[name]):
+            want = ["A.", "B " + long, "F.", "C.", "G.", "Z,\nindented."]
+            assert bpe.load_text() == "\n\n".join(want) == bpe.load_text("docstrings"), bpe.load_text()
+            (here / "lib/b.py").unlink()
+            assert "docstrings" in refusal(bpe.load_text)  # a Python without sources
+        for raw in long.encode(), "\ufeff".encode() + long.encode():
+            (here / "text").write_bytes(raw)
+            assert bpe.load_text("text") == long
+        (here / "text").write_bytes(long.replace(". ", "\r\n").encode())
+        assert bpe.load_text("text") == long.replace(". ", "\r\n")
+        for raw, say in [(b"", "0 char"), (b"short", "5 char"), (long.encode("utf-16"), "UTF-8"),
+                         (b"a\xe9" * 999, "byte 1")]:
+            (here / "text").write_bytes(raw)
+            assert re.search(f"text.*{say}", refusal(bpe.load_text, "text"))
+        assert "nowhere" in refusal(bpe.load_text, "nowhere") and refusal(bpe.load_text, here)
+
+def piped(words, text):
+    """As call(), with standard input."""
+    with mock.patch.object(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(text.encode()))):
+        return call(bpe, words)
+
+def test_bpe_command():
+    """Trains once, shows, encodes and decodes files and pipes; other settings and damage are refused."""
+    words = ["--text", "words.txt", "--vocab", "270", "--out", "run"]
+    with workdir() as here:
+        inputs(here)
+        status, out, err = call(bpe, [*words, "--special", "<s>"])
+        assert (status, err) == (0, "") and set(os.listdir("run")) == {
+            "vocab.json", "merges.txt", "ranks.tiktoken", "tokens.png", "settings.json"}
+        files, made = snapshot(here), bpe.BPE.load("run")
+        assert made.special == {"<s>": 269} and out.splitlines()[-1].endswith(" in run")
+        text = (here / "words.txt").read_text()
+        assert f"270 tokens, {len(text) / len(made.encode(text)):.3f} bytes per token" in out, out
+        assert "first merges: 'at' " in out and "\nT|" in out, out
+        with mock.patch.object(bpe, "learn_merges", side_effect=AssertionError("it trains")):
+            status, again, _ = call(bpe, [*words, "--special", "<s>"])
+            assert status == 0 and again.splitlines() == out.splitlines()[1:] and snapshot(here) == files
+            odd = "the cat,\r\n  naïve 日 <s>\n\n"
+            (here / "odd.txt").write_bytes(odd.encode())
+            ids = " ".join(map(str, made.encode(odd))) + "\n"
+            for flags in ["--out", "run"], [*words, "--special", "<s>"]:
+                assert call(bpe, [*flags, "--encode", "odd.txt"]) == (0, ids, "")
+                assert piped([*flags, "--encode", "-"], odd) == (0, ids, "")
+                assert piped([*flags, "--decode", "-"], ids) == (0, odd, "")
+            (here / "ids.txt").write_text(ids)
+            assert call(bpe, ["--out", "run", "--decode", "ids.txt"]) == (0, odd, "")
+            (here / "other.txt").write_text(text.replace("cat", "bat"))
+            (here / "latin.txt").write_bytes(b"caf\xe9")
+            special, out = ["--special", "<s>"], ["--out", "run"]
+            wrong = [refused(bpe, flags, say, here) for flags, say in [
+                ([*words, *special, "--vocab", "281"], "vocab 270, not 281.*--fresh"), (words, "special.*--fresh"),
+                ([*words, *special, "--text", "other.txt"], "text .*--fresh"), (out, "text .*--fresh"),
+                ([*out, "--vocab", "300", "--encode", "odd.txt"], "vocab 270, not 300.*--fresh"),
+                ([*out, "--encode", "nowhere"], "nowhere"), ([*out, "--encode", "latin.txt"], "latin.txt: not UTF-8"),
+                ([*out, "--decode", "odd.txt"], "odd.txt: want ids"), ([*out, "--encode", "run"], "run"),
+                ([*out, "--encode", "odd.txt", "--decode", "ids.txt"], "not allowed"),
+                ([*words, "--text", "nowhere"], "nowhere"), ([*words, "--text", "latin.txt"], "latin.txt"),
+                ([*words, "--text", "run"], "run"), (["--vocab", "255"], "255"), (["--special"], "special")]]
+            (here / "ids.txt").write_text("5 280")
+            wrong += [refused(bpe, [*out, "--decode", "ids.txt"], "280", here)]
+            for name in "vocab.json", "merges.txt", "settings.json":
+                for raw in b"", b"{}", files["run/" + name][:-9], None:
+                    unpack(files, here)
+                    (here / "run" / name).unlink()
+                    unpack({"run/" + name: raw}, here)
+                    wrong += [refused(bpe, [*words, *special], "run", here)]
+            unpack(files, here)
+            (here / "run/settings.json").unlink()  # somebody's own tokenizer: it is used, but not written over
+            assert call(bpe, ["--out", "run", "--encode", "odd.txt"]) == (0, ids, "")
+            wrong += [refused(bpe, [*words, *special], "--fresh", here)]
+        assert not any(wrong), "\n".join(filter(None, wrong))
+        assert call(bpe, [*words, *special, "--fresh"])[0] == 0 and snapshot(here / "run") == {
+            name[4:]: raw for name, raw in files.items() if name.startswith("run/")}
+        status, out, err = call(bpe, [*words, "--out", "new", "--encode", "odd.txt"])  # trains first, but not on stdout
+        assert status == 0 and "MB of text" in err and out.split() == [str(i) for i in bpe.BPE.load("new").encode(odd)]
+        status, out, _ = call(bpe, [*words, "--out", "many", "--vocab", "4000"])
+        assert status == 0 and "no pair is left" in out
+
+def test_bpe_pictures():
+    """Every token has a ground of its own, in the terminal and in the picture, and nothing is cut off."""
+    made = small_bpe()
+    text = "def token(x):\n  é日"
+    shown = [bpe.shown(made, i) for i in made.encode(text)]
+    assert "\\n" in "".join(shown) and "\\x" in "".join(shown) and bpe.coloured(made, text, False) == "|".join(shown)
+    assert re.sub("\x1b[^m]*m", "", bpe.coloured(made, text, True)) == "".join(shown)
+    assert bpe.coloured(made, text, True).count("\x1b[0m") == len(shown)
+    image = bpe.paint_tokens(made, bpe.SENTENCE * 3)
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert {*bpe.COLOURS, (255, 255, 255), (0, 0, 0)} <= colours and image.width == 760
+    edges = np.asarray(image)
+    assert (edges[-6:] == 255).all() and (edges[:, -12:] == 255).all() and (edges[:6] == 255).all()
 
 # -------------------------------------------------------------------------------------- training, several files -----
 def at_steps(loss, table):

@@ -1,0 +1,519 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
+# ///
+# SPDX-License-Identifier: MIT
+"""BPE: words from bytes, by joining the commonest pair of neighbours again and again; GPT-2's format, to the token.
+
+Paper: Sennrich, Haddow, Birch, "Neural Machine Translation of Rare Words with Subword Units", 2016, arXiv:1508.07909;
+bytes as in Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2).
+
+symbol      in the code     what it is
+w           word, ids       a pre-token (a word with the space before it, say), as a list of ids; first one id a byte
+n_w         times[i]        how often w stands in the text, an int >= 1
+n(a, b)     count[a, b]     how often id b follows id a inside of a word
+ids         0 .. vocab - 1  0 .. 255 are bytes in GPT-2's order ("!" is 0, the space 220), then merges, then specials
+merge k     merges[k]       the pair (a, b) that becomes the id 256 + k
+rank        pairs[a, b]     k, the age of the merge of a and b, with the id that comes of it: k 2^32 + id
+
+Splitting. A merge never crosses the border of a pre-token. GPT-2 takes, from the left, the first of these that fits:
+  (1) 's 't 're 've 'm 'll 'd | ?letters | ?digits | ?others | spaces that no word follows | spaces
+      where " ?" is a space or none; letters are Unicode's L*, digits N*, spaces White_Space, others all the rest
+So of a run of spaces before a word the last is left to the word. A text is most quickly cut where nothing but (1) cuts:
+  (2) before every space and every newline, once each run of three and more (at the end of the text: two) is set aside
+      as (1) has it, for a run of two is always cut in two: " " " x", or "\\n" "x" after the first
+The strings between these cuts come again and again, so each is split by (1) and encoded but once, and then looked up.
+Training. The pairs are counted in the distinct words, each of which counts as often as it stands in the text:
+  (3) n(a, b) = sum_w n_w #{i: w_i = a, w_{i+1} = b}
+  (4) (a, b) = the pair with the largest n(a, b), of several the smallest (a first, then b): it becomes a new id c
+  (5) c takes its place in every word, from the left, so that a a a becomes c a if a = b
+Nothing else has to be counted again, for a merge changes only what lies beside it: in x a b y of a word w,
+  (6) n(x, a) and n(b, y) lose n_w; n(x, c) and n(c, y) gain n_w
+Old counts only ever fall, so a heap of (-n, pair) may hold stale ones: an entry that comes up and is not true is put
+back with its true count, and the first true one is (4).
+Encoding. In each word the oldest merge that can be made is made, the leftmost first, until none can be made:
+  (7) i = the leftmost of arg min_i rank(w_i, w_{i+1});  w_i w_{i+1} -> c
+which takes a scan a merge for the usual few bytes, and a heap of (rank, i) with n log n steps for a long run.
+Decoding writes the bytes of the ids one after the other:
+  (8) bytes = b(i_1) b(i_2) ..., b(c) = b(a) b(b)
+
+Trip wires: ids are of bytes, so a token may be half a letter, and only all of the bytes need be UTF-8 (what is not is
+shown as U+FFFD). A special token's name in a text is plain text, unless encode is told that it is allowed. The letters
+are those of this Python's unicodedata. Python's \\s has U+001C .. U+001F besides, and its \\w the underscore.
+A word is merged, and only then remembered: a token that the merges do not make of its bytes is never used.
+Differs from the paper in: bytes for characters, the splitting (1), and no mark for the end of a word.
+
+python bpe.py --vocab 4096                        TODO-MEASURED
+python bpe.py --vocab 4096 --encode README.md     ids of a file, by the same tokens; --decode - reads ids from a pipe
+"""
+import argparse, ast, base64, binascii, collections, contextlib, functools, hashlib, heapq, io, itertools
+import json, os, platform, re, sys, sysconfig, unicodedata, warnings
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+# --------------------------------------------------------------------------------------------------------- method -----
+SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space, inside of brackets
+RUN = re.compile(f"([{SPACES}]{{2,}}(?![^{SPACES}]))")  # what (2) sets aside
+ASCII = re.compile("'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\t-\r ]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+")
+BYTES = [b for b in range(256) if 33 <= b < 127 or 161 <= b < 256 and b != 173]  # those that GPT-2 shows as they are
+CHARS = [chr(b) for b in BYTES] + [chr(256 + k) for k in range(256 - len(BYTES))]  # and its letters for all the ids
+BYTES += sorted(set(range(256)) - set(BYTES))
+IDS = bytes(map(BYTES.index, range(256)))  # for bytes.translate: byte -> id
+LOW = (1 << 32) - 1
+
+@functools.cache
+def any_text():
+    """The pattern (1) for text of any kind. Python's \\w is letters, digits, "_" and numbers that \\d does not have."""
+    numbers = [ord(c) for c in filter(str.isnumeric, map(chr, range(sys.maxunicode + 1)))
+               if unicodedata.category(c) in ("Nl", "No")]
+    ranges = [list(group) for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    numbers = "".join(f"{chr(r[0][1])}-{chr(r[-1][1])}" for r in ranges)
+    letter, number, other = f"[^\\W\\d_{numbers}]", f"[\\d{numbers}]", f"(?:[^\\w{SPACES}]+|_+)"
+    return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?{letter}+| ?{number}+| ?{other}+|"
+                      f"[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
+
+def pre_tokens(text):
+    """The list of the pre-tokens of a text; joined they are the text."""
+    return (ASCII if text.isascii() else any_text()).findall(text)  # (1)
+
+def cut_text(text):
+    """Yields (head, pieces): the text is all of them joined. A head stands for itself, a piece has lost one space
+    before it, unless it begins with a newline; every one begins and ends where a pre-token does."""
+    for i, part in enumerate(RUN.split(text)):
+        if i % 2:
+            yield part, []  # (2)
+        else:
+            head, *pieces = part.replace("\n", " \n").split(" ")  # (2)
+            yield head, pieces
+
+def whole(piece):
+    """The text of a piece."""
+    return piece if piece.startswith("\n") else " " + piece  # (2)
+
+def count_words(text):
+    """{pre-token: how often it stands in the text}."""
+    heads, pieces, words = collections.Counter(), collections.Counter(), collections.Counter()
+    for head, rest in cut_text(text):
+        heads[head] += 1
+        pieces.update(rest)
+    for string, n in itertools.chain(heads.items(), ((whole(piece), n) for piece, n in pieces.items())):
+        for word in pre_tokens(string):
+            words[word] += n
+    return words
+
+def learn_merges(words, n):
+    """{word, a bytes of ids: how often it stands in the text} -> at most n merges (a, b), fewer if no pair is left.
+
+    All words lie in one list, -1 after each. A merged token stands where its first byte stood; left and right jump over
+    what is gone, so that a merge takes the same time wherever it is."""
+    ids, times = [], []
+    for word, n_w in words.items():
+        ids += (*word, -1)
+        times += [n_w] * (len(word) + 1)
+    left, right = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+    count, where, merges = collections.defaultdict(int), collections.defaultdict(list), []
+    for i, pair in enumerate(zip(ids, ids[1:])):
+        if pair[0] >= 0 <= pair[1]:
+            count[pair] += times[i]  # (3)
+            where[pair].append(i)
+    heap = [(-c, pair) for pair, c in count.items()]
+    heapq.heapify(heap)
+    while heap and len(merges) < n:
+        minus, pair = heapq.heappop(heap)
+        if count[pair] != -minus:
+            if count[pair] > 0:
+                heapq.heappush(heap, (-count[pair], pair))
+            continue
+        (a, b), c, born = pair, 256 + len(merges), collections.defaultdict(list)
+        merges.append(pair)  # (4)
+        for i in where.pop(pair):
+            j, n_w = right[i], times[i]
+            if ids[i] != a or ids[j] != b:
+                continue  # another merge has taken one of the two
+            ids[i], ids[j] = c, -2  # (5)
+            k = right[i] = right[j]
+            left[k] = i
+            if (x := ids[left[i]]) >= 0:
+                count[x, a] -= n_w  # (6)
+                count[x, c] += n_w  # (6)
+                born[x, c].append(left[i])
+            if (y := ids[k]) >= 0:
+                count[b, y] -= n_w  # (6)
+                count[c, y] += n_w  # (6)
+                born[c, y].append(i)
+        del count[pair]
+        where.update(born)
+        for pair in born:
+            if count[pair] > 0:
+                heapq.heappush(heap, (-count[pair], pair))
+    return merges
+
+def merge_word(ids, pairs):
+    """The ids of a word's bytes -> the ids of its tokens. pairs: {(a, b): rank 2^32 + id}."""
+    if len(ids) > 100:
+        return merge_long(ids, pairs)
+    ids, none = list(ids), 1 << 64
+    keys = [pairs.get(pair, none) for pair in zip(ids, ids[1:])]
+    while keys and (best := min(keys)) < none:
+        i = keys.index(best)
+        ids[i : i + 2] = (best & LOW,)  # (7)
+        del keys[i]
+        if i:
+            keys[i - 1] = pairs.get((ids[i - 1], ids[i]), none)
+        if i < len(keys):
+            keys[i] = pairs.get((ids[i], ids[i + 1]), none)
+    return ids
+
+def merge_long(ids, pairs):
+    """The same as merge_word(), in n log n steps."""
+    n, heap = len(ids), []
+    ids, left, right = [*ids, -1], list(range(-1, n)), list(range(1, n + 1))  # -1: nothing here any more
+
+    def note(i):
+        if (key := pairs.get((ids[i], ids[right[i]]))) is not None:
+            heapq.heappush(heap, (key, i))
+
+    for i in range(n - 1):
+        note(i)
+    while heap:
+        key, i = heapq.heappop(heap)
+        j = right[i]
+        if j < n and pairs.get((ids[i], ids[j])) == key:
+            ids[i], ids[j] = key & LOW, -1  # (7)
+            right[i] = right[j]
+            left[right[i]] = i
+            if left[i] >= 0:
+                note(left[i])
+            if right[i] < n:
+                note(i)
+    return [i for i in ids if i >= 0]
+
+# ------------------------------------------------------------------------------------------------------ tokenizer -----
+class Table(dict):
+    """A dict that finds by itself what it does not have, and keeps it if it is short; of 2^20 entries it keeps all."""
+
+    def __init__(self, find):
+        self.find = find
+
+    def __missing__(self, key):
+        value = self.find(key)
+        if len(key) <= 64 and len(self) < 1 << 20:
+            self[key] = value
+        return value
+
+class BPE:
+    """tokens: {bytes: id}, all 256 single bytes among them; merges: [(bytes, bytes)], the oldest first; special:
+    {name: id}. ValueError if they do not fit together."""
+
+    def __init__(self, tokens, merges, special=()):
+        self.tokens, self.merges, self.special = dict(tokens), list(merges), dict(special)
+        for name in self.special:
+            if not name or utf8(name) in self.tokens:
+                raise ValueError(f"special token {name!r}: " + ("is an ordinary token as well" if name else "no name"))
+        self.bytes = {i: raw for raw, i in self.tokens.items()} | {i: s.encode() for s, i in self.special.items()}
+        if len(self.bytes) < len(self.tokens) + len(self.special):
+            raise ValueError("two tokens have the same id")
+        try:
+            self.first = [self.tokens[bytes([b])] for b in range(256)]  # [byte] -> id
+            self.pairs = {}
+            for k, (a, b) in enumerate(self.merges):
+                self.pairs.setdefault((self.tokens[a], self.tokens[b]), k << 32 | self.tokens[a + b])
+        except KeyError as e:
+            raise ValueError(f"the merges or the bytes need the token {e.args[0]!r}, which is not there") from None
+        self.words = Table(lambda word: tuple(merge_word([self.first[b] for b in word.encode()], self.pairs)))
+        self.heads, self.pieces = Table(self._ids), Table(lambda piece: self._ids(whole(piece)))
+
+    def prepare(self):
+        """Fills the tables with the words that are one token, so that even a first text is encoded fast -> self."""
+        for raw, i in self.tokens.items():
+            with contextlib.suppress(UnicodeDecodeError):
+                if len(raw) > 1 and pre_tokens(word := raw.decode()) == [word]:
+                    if merge_word([self.first[b] for b in raw], self.pairs) == [i]:
+                        self.words[word] = (i,)
+                        if word[0] == " " != word[1]:
+                            self.pieces[word[1:]] = (i,)
+        return self
+
+    def _ids(self, string):
+        return tuple(itertools.chain.from_iterable(map(self.words.__getitem__, pre_tokens(string))))
+
+    @classmethod
+    def train(cls, text, vocab_size, special=()):
+        """vocab_size counts the 256 bytes and the special tokens; there are fewer if the text has no pair left."""
+        special, n = list(dict.fromkeys(special)), vocab_size - 256 - len(set(special))
+        if n < 0:
+            raise ValueError(f"a vocabulary of {vocab_size} cannot hold 256 bytes and {len(special)} special tokens")
+        tokens = [bytes([b]) for b in BYTES]
+        words = {utf8(word).translate(IDS): times for word, times in count_words(text).items()}
+        merges = learn_merges(words, n)
+        for a, b in merges:
+            tokens.append(tokens[a] + tokens[b])  # (8)
+        return cls({raw: i for i, raw in enumerate(tokens)}, [(tokens[a], tokens[b]) for a, b in merges],
+                   {name: len(tokens) + i for i, name in enumerate(special)})
+
+    def encode(self, text, allowed_special=()):
+        """Text -> list of ids. The names in allowed_special, or "all", become their ids; others are plain text.
+
+        ValueError for a name that is no special token, and for a lone surrogate, which UTF-8 cannot write."""
+        allowed = list(self.special if allowed_special == "all" else allowed_special)
+        if unknown := [name for name in allowed if name not in self.special]:
+            raise ValueError(f"{unknown[0]!r} is not a special token; there are {list(self.special)}")
+        utf8(text)
+        names = "|".join(re.escape(name) for name in sorted(allowed, key=len, reverse=True))
+        ids = []
+        for i, part in enumerate(re.split(f"({names})", text) if names else [text]):
+            if i % 2:
+                ids.append(self.special[part])
+            else:
+                for head, pieces in cut_text(part):
+                    ids += self.heads[head]
+                    ids += itertools.chain.from_iterable(map(self.pieces.__getitem__, pieces))
+        return ids
+
+    def decode_bytes(self, ids):
+        """ValueError for an id that no token has."""
+        try:
+            return b"".join(map(self.bytes.__getitem__, ids))  # (8)
+        except KeyError as e:
+            raise ValueError(f"no token has the id {e.args[0]!r}; they are 0 .. {max(self.bytes)}") from None
+
+    def decode(self, ids):
+        """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def save(self, folder):
+        """Writes GPT-2's vocab.json and merges.txt, and ranks.tiktoken, which has no place for special tokens."""
+        show = lambda raw: "".join(CHARS[i] for i in raw.translate(IDS))
+        names = {show(raw): i for raw, i in self.tokens.items()}
+        if both := names.keys() & self.special.keys():
+            raise ValueError(f"special token {both.pop()!r}: vocab.json has no way to tell it from an ordinary one")
+        by_id = lambda names: dict(sorted(names.items(), key=lambda item: item[1]))
+        lines = [f"{show(a)} {show(b)}\n" for a, b in self.merges]
+        ranks = [f"{base64.b64encode(raw).decode()} {i}\n" for raw, i in by_id(self.tokens).items()]
+        write(Path(folder, "merges.txt"), "".join(["#version: 0.2\n", *lines]).encode())
+        write(Path(folder, "ranks.tiktoken"), "".join(ranks).encode())
+        write(Path(folder, "vocab.json"), json.dumps(by_id(names | self.special), ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, path):
+        """From a folder with vocab.json and merges.txt (or encoder.json and vocab.bpe, GPT-2's own names), or from a
+        rank file. What is in the vocabulary but neither a byte nor merged is a special token. OSError, ValueError."""
+        path = Path(path)
+        try:
+            return (cls.load_ranks(path) if path.is_file() else cls.load_folder(path)).prepare()
+        except (binascii.Error, LookupError, TypeError, AttributeError, ValueError) as e:
+            raise ValueError(f"{path}: not a tokenizer, or a damaged one ({e})") from None
+
+    @classmethod
+    def load_folder(cls, path):
+        both = [path / "vocab.json", path / "merges.txt"], [path / "encoder.json", path / "vocab.bpe"]
+        vocab, merges = next((files for files in both if files[0].exists()), both[0])
+        unshow = {char: bytes([b]) for char, b in zip(CHARS, BYTES)}
+        vocab, lines = json.loads(vocab.read_text("utf-8")), merges.read_text("utf-8").split("\n")
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        ordinary = {*CHARS, *(a + b for a, b in pairs)}
+        raw = lambda name: b"".join(unshow[char] for char in name)
+        return cls({raw(name): i for name, i in vocab.items() if name in ordinary},
+                   [(raw(a), raw(b)) for a, b in pairs], {name: i for name, i in vocab.items() if name not in ordinary})
+
+    @classmethod
+    def load_ranks(cls, path):
+        lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+        tokens = {base64.b64decode(raw, validate=True): int(rank) for raw, rank in lines}
+        tokens, merges, pairs = dict(sorted(tokens.items(), key=lambda item: item[1])), [], {}
+        for raw, rank in tokens.items():
+            if len(raw) > 1:  # it was made from the two that are left if all older merges are made
+                parts = merge_word([tokens[bytes([b])] for b in raw], pairs)
+                if len(parts) == 2:
+                    pairs[tuple(parts)] = rank << 32 | rank
+                    merges.append(tuple(parts))
+        raw = {rank: token for token, rank in tokens.items()}
+        return cls(tokens, [(raw[a], raw[b]) for a, b in merges])
+
+def utf8(text):
+    """The bytes of a text. ValueError if it has a lone surrogate."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"character {e.start} is a lone surrogate, {text[e.start]!r}; UTF-8 has none") from None
+
+# ------------------------------------------------------------------------------------------------------- plumbing -----
+# Text, files, flags: the same text in every file that has them, and nothing of the method.
+def write(path, raw):
+    """All of the bytes raw into path, or none: a full disk or a kill leaves there what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(raw)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def load_text(path="docstrings"):
+    """A text file in UTF-8, or English that needs no download: the docstrings of Python's standard library, in the
+    order of its files, each once. ValueError or OSError, in one sentence, for what is no such text."""
+    if path != "docstrings":
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"--text {path}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
+    else:
+        found, root = {}, sysconfig.get_path("stdlib")
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted({*folders} - {"test", "tests", "idle_test", "site-packages", "dist-packages"})
+            for file in sorted(name for name in files if name.endswith(".py")):
+                with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, OSError):
+                    warnings.simplefilter("ignore")
+                    nodes = [ast.parse(Path(folder, file).read_bytes())]
+                    while nodes:
+                        node = nodes.pop()
+                        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                            found[ast.get_docstring(node) or ""] = None
+                        for part in ("handlers", "finalbody", "orelse", "body"):
+                            nodes += getattr(node, part, [])[::-1]
+        text, path = "\n\n".join(filter(None, found)), f"{path} under {root}"
+    if len(text) < 1000:
+        raise ValueError(f"--text {path}: {len(text)} characters are too few, at least 1000 are needed")
+    return text
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but whatever the user can mend takes one line on stderr and ends with status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
+
+    @contextlib.contextmanager
+    def guard(self):
+        try:
+            yield
+        except (OSError, ValueError, FloatingPointError) as e:
+            self.error(e)
+        except KeyboardInterrupt:
+            self.exit(130, "\nstopped; the same command goes on from the last save\n")
+
+def at_least(least):
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    return number
+
+# ------------------------------------------------------------------------------------ training, sampling, command -----
+SENTENCE = "The tokenizer's 2024 dictionary: antidisestablishmentarianism, naïve café, don't   panic! f(x) = x**2"
+COLOURS = (252, 213, 180), (196, 225, 255), (205, 240, 200), (235, 210, 245), (250, 240, 170)
+
+def shown(bpe, i):
+    """A token as a person can read it: a newline as \\n, and a part of a letter as \\xe2."""
+    return bpe.bytes[i].decode("utf-8", "backslashreplace").replace("\n", "\\n")
+
+def paint_tokens(bpe, text, width=760, size=22):
+    """A Pillow image of a text, each token on a ground of its own."""
+    font, x, y, boxes = ImageFont.load_default(size), 12, 12, []
+    for i in bpe.encode(text):
+        token = shown(bpe, i)
+        wide = max(4, round(font.getlength(token)))
+        if x + wide > width - 12:
+            x, y = 12, y + size + 14
+        boxes.append((x, y, wide, token))
+        x += wide
+    image = Image.new("RGB", (width, y + size + 22), "white")
+    draw = ImageDraw.Draw(image)
+    for k, (x, y, wide, token) in enumerate(boxes):
+        draw.rectangle((x, y, x + wide - 1, y + size + 7), COLOURS[k % len(COLOURS)])
+        draw.text((x, y + 2), token, "black", font)
+    return image
+
+def coloured(bpe, text, tty):
+    """The same for a terminal; elsewhere with a bar between tokens."""
+    tokens = [shown(bpe, i) for i in bpe.encode(text)]
+    if not tty:
+        return "|".join(tokens)
+    return "".join(f"\x1b[30;48;2;{';'.join(map(str, COLOURS[k % len(COLOURS)]))}m{token}\x1b[0m"
+                   for k, token in enumerate(tokens))
+
+def contents(path):
+    """The bytes of a file, or of standard input for "-"."""
+    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, job = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("--text", default="docstrings", help="docstrings (of the standard library), or a file in UTF-8")
+    add("--vocab", type=at_least(256), default=4096, help="tokens to have, with the 256 bytes and the special ones")
+    add("--special", action="append", default=[], metavar="TOKEN", help="a special token; may be given several times")
+    job("--encode", metavar="FILE", help="print the ids of a file, - for standard input, and do nothing else")
+    job("--decode", metavar="FILE", help="print the text of the ids in a file, - for standard input")
+    add("--out", type=Path, default=Path("out", "bpe"), help="run folder")
+    add("--fresh", action="store_true", help="train anew over the run folder's tokenizer")
+    args = parser.parse_args(argv)
+    with parser.guard():
+        file = args.encode or args.decode
+        given = contents(file) if file else b""
+        bpe, had = find_or_train(args, sys.stderr if file else sys.stdout)
+        if hasattr(sys.stdout, "reconfigure"):  # for a file the very bytes, on any system
+            sys.stdout.reconfigure(**dict(encoding="utf-8", newline="") if file else dict(errors="backslashreplace"))
+        if args.encode:
+            try:
+                print(*bpe.encode(given.decode()))
+            except UnicodeDecodeError as e:
+                raise ValueError(f"--encode {file}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
+        elif args.decode:
+            try:
+                ids = [int(word) for word in given.split()]
+            except ValueError:
+                raise ValueError(f"--decode {file}: want ids, numbers with white space between them") from None
+            print(bpe.decode(ids), end="")
+        else:
+            made = [shown(bpe, bpe.tokens[a + b]) for a, b in bpe.merges]
+            print("first merges:", *map(repr, made[:12]))
+            print("longest:", *map(repr, sorted(made, key=len, reverse=True)[:6]))
+            print(coloured(bpe, SENTENCE, sys.stdout.isatty()))
+            png = io.BytesIO()
+            paint_tokens(bpe, SENTENCE).save(png, "PNG")
+            write(args.out / "tokens.png", png.getvalue())
+            print(f"{len(bpe.bytes)} tokens, {had['bytes'] / had['tokens']:.3f} bytes per token: vocab.json, "
+                  f"merges.txt, ranks.tiktoken, tokens.png in {args.out}")
+
+def find_or_train(args, log):
+    """The run folder's tokenizer, trained first if there is none -> BPE, what settings.json has. ValueError if it was
+    made otherwise."""
+    path, job = args.out / "settings.json", args.encode or args.decode
+    there = any((args.out / name).exists() for name in ("settings.json", "vocab.json", "encoder.json"))
+    text = None if args.text == "docstrings" else load_text(args.text)
+    name = f"docstrings of Python {platform.python_version()}" if text is None else (
+        hashlib.sha256(text.encode()).hexdigest()[:12])
+    wanted = dict(text=name, vocab=args.vocab, special=list(dict.fromkeys(args.special)))
+    flags = dict(text=args.text != "docstrings", vocab=args.vocab != 4096, special=bool(args.special))
+    if there and not args.fresh:
+        bpe, had = BPE.load(args.out), {}
+        if path.exists():
+            try:
+                had = json.loads(path.read_bytes())
+                if had["made"] != fingerprint(args.out):
+                    raise ValueError("it was written for another vocab.json or merges.txt")
+                had["bytes"] / had["tokens"]
+            except (ValueError, LookupError, TypeError, ZeroDivisionError) as e:
+                raise ValueError(f"{path}: damaged ({e}); --fresh trains anew over it") from None
+        for name in wanted:
+            if had.get(name) != wanted[name] and (flags[name] or not job):  # to encode, no flag need be given again
+                raise ValueError(f"{args.out}: made with {name} {had.get(name)}, not {wanted[name]}; "
+                                 "--fresh trains anew over it, --out elsewhere keeps it")
+        return bpe, had
+    text = load_text(args.text) if text is None else text
+    print(f"{len(text.encode()) / 1e6:.2f} MB of text from {args.text}", file=log)
+    bpe = BPE.train(text, args.vocab, args.special)
+    had = dict(wanted, bytes=len(text.encode()), tokens=len(bpe.encode(text)))
+    if len(bpe.bytes) < args.vocab:
+        print(f"no pair is left in this text after {len(bpe.merges)} merges", file=log)
+    bpe.save(args.out)
+    write(path, json.dumps(had | dict(made=fingerprint(args.out))).encode())
+    return bpe, had
+
+def fingerprint(folder):
+    """Of the files from which BPE.load reads a run folder."""
+    return hashlib.sha256((folder / "vocab.json").read_bytes() + (folder / "merges.txt").read_bytes()).hexdigest()[:12]
+
+if __name__ == "__main__":
+    main()
