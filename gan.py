@@ -66,7 +66,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # --------------------------------------------------------------------------------------------------------- method -----
 def loss_d(real_logits, fake_logits):
     """What D lowers: -V in nats, a scalar. Logits (N,) and (M,) of real and of generated images; N and M may differ."""
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()  # (1) (5)
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()  # (5)
 
 def loss_g(fake_logits, kind="nonsaturating"):
     """What G lowers, a scalar in nats, from the logits (N,) of its images. ValueError if the kind is unknown."""
@@ -86,8 +86,8 @@ def d_step(D, opt, x, fake):
     # G takes, and use up the history, so that G's own step, which needs it, ends in an error.
     real_logits, fake_logits = D(x), D(fake.detach())  # a batch each
     opt.zero_grad()
-    loss_d(real_logits, fake_logits).backward()
-    opt.step()  # (8), towards (2)
+    loss_d(real_logits, fake_logits).backward()  # (1), D raises V
+    opt.step()  # (2) is what D moves to, by (8)
     return real_logits.detach(), fake_logits.detach()
 
 def g_step(G, D, opt, fake, kind="nonsaturating"):
@@ -96,7 +96,7 @@ def g_step(G, D, opt, fake, kind="nonsaturating"):
     loss = loss_g(D(fake), kind)  # the gradient comes to G through D and the image
     opt.zero_grad()
     loss.backward(inputs=list(G.parameters()))  # D hands it on; none is computed for D's own weights
-    opt.step()  # (8), down (3)
+    opt.step()  # (3) is what G moves down, by (8)
     return loss.detach()
 
 def great_circle(u, v, a):
