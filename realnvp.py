@@ -54,11 +54,12 @@ Sampling goes back from z. A walk among four images by angles keeps the length o
 Trip wires: log|det| is that of x -> z, not of z -> x. p(x) is a density on [0, 1]^D: on [0, 256]^D it would have
 D log 256 nats less, and without (13) it is one of h. T multiplies the deviation. All logs are in nats, only (12) is in
 bits. A sixth of the images is held out and only watched (valid_bits in log.csv).
-Differs from the paper in: (10) once, and no batch norm; alpha, 0.05 there (a wider draft of this
-file had 2.30 bits/dim on MNIST with that after a minute, 1.74 with 1e-6); 1 - 2 alpha for 1 - alpha, as in the authors' code, so that x = 1 has a logit too; the
-other half of the checkerboard first; two scales of one width, with channel-wise couplings in both; small networks
-without weight norm; no mirrored images; averaged weights; a learning rate that falls to zero; T, which it has not; phi
-and phi' end at pi/2 (its code goes all around), which puts the four images in corners.
+Differs from the paper in: (10) once, and no batch norm; alpha, 0.05 there (a wider draft of this file had 2.30
+bits/dim on MNIST with that after a minute, 1.74 with 1e-6); 1 - 2 alpha for 1 - alpha, as in the authors' code, so
+that x = 1 has a logit too; the other half of the checkerboard first; two scales of one width, with channel-wise
+couplings in both; small networks without weight norm; no mirrored images; averaged weights; a learning rate that falls
+to zero; T, which it has not; phi and phi' end at pi/2 (its code goes all around), which puts the four images in
+corners.
 
 python realnvp.py --data mnist --samples 2000    144 s on two cores; 1.2212 bits/dim
 python realnvp.py --temperature 0.7              the same model, drawn with less deviation; seconds
