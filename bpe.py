@@ -14,7 +14,7 @@ n_w         times[i]        how often w stands in the text, an int >= 1
 n(a, b)     count[a, b]     how often id b follows id a inside of a word
 ids         0 .. vocab - 1  0 .. 255 are bytes in GPT-2's order ("!" is 0, the space 220), then merges, then specials
 merge k     merges[k]       the pair (a, b) that becomes the id 256 + k
-rank        pairs[a, b]     k, the age of the merge of a and b, with the id that comes of it: k 2^32 + id
+rank        pairs[a, b]     k, the age of the merge of a and b; the id that comes of it is made[k]
 
 Splitting. A merge never crosses the border of a pre-token. GPT-2 takes, from the left, the first of these that fits:
   (1) 's 't 're 've 'm 'll 'd | ?letters | ?digits | ?others | spaces that no word follows | spaces
@@ -54,8 +54,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 # --------------------------------------------------------------------------------------------------------- method -----
 SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space, inside of brackets
-RUN = re.compile(f"([{SPACES}]{{2,}}(?![^{SPACES}]))")  # what (2) sets aside
-ASCII = re.compile("'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\t-\r ]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+")
+ASCII = re.compile(rb"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\t-\r ]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+")
+CLOSING = b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+BLANK = bytes(32 if chr(b) in "\t\n\v\f\r " else b for b in range(256))  # for bytes.translate
+BLANKS = re.compile(b"   *(?= )")  # where (2) may set something aside, in a text of which all spaces are blanks
+RARE = frozenset(c for c in map(chr, range(0x80, 0x3001)) if re.match(f"[{SPACES}]", c))
+RUN = re.compile(b"(?:S){2,}(?=S)".replace(b"S", b"[\t-\r ]|" + b"|".join(map(str.encode, sorted(RARE)))))
 BYTES = [b for b in range(256) if 33 <= b < 127 or 161 <= b < 256 and b != 173]  # those that GPT-2 shows as they are
 CHARS = [chr(b) for b in BYTES] + [chr(256 + k) for k in range(256 - len(BYTES))]  # and its letters for all the ids
 BYTES += sorted(set(range(256)) - set(BYTES))
@@ -73,114 +77,124 @@ def any_text():
     return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?{letter}+| ?{number}+| ?{other}+|"
                       f"[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
 
-def pre_tokens(text):
-    """The list of the pre-tokens of a text; joined they are the text."""
-    return (ASCII if text.isascii() else any_text()).findall(text)  # (1)
+def pre_tokens(raw):
+    """The list of the pre-tokens of a text; texts are bytes of UTF-8 here. Joined they are the text."""
+    stem = raw.rstrip(CLOSING)
+    if stem.removeprefix(b" ").isalpha():  # a word and what closes it, as most are: no pattern is needed
+        return [stem, raw[len(stem):]] if len(stem) < len(raw) else [raw]  # (1)
+    if raw.isascii():
+        return ASCII.findall(raw)  # (1)
+    return [word.encode() for word in any_text().findall(raw.decode())]  # (1)
 
-def cut_text(text):
+def cut_text(raw):
     """Yields (head, pieces): the text is all of them joined. A head stands for itself, a piece has lost one space
     before it, unless it begins with a newline; every one begins and ends where a pre-token does."""
-    for i, part in enumerate(RUN.split(text)):
-        if i % 2:
-            yield part, []  # (2)
-        else:
-            head, *pieces = part.replace("\n", " \n").split(" ")  # (2)
-            yield head, pieces
+    done, raw = 0, raw + b" "  # the end counts as one space more
+    blank = raw.translate(BLANK)
+    for c in RARE.intersection(raw.translate(None, bytes(range(128))).decode()):
+        blank = blank.replace(c.encode(), b" " * len(c.encode()))
+    for start in (m.start() for m in BLANKS.finditer(blank)):
+        if run := RUN.match(raw, start):
+            pieces = raw[done:start].replace(b"\n", b" \n").split(b" ")  # (2)
+            yield pieces.pop(0), pieces
+            yield run[0], []  # (2)
+            done = run.end()
+    pieces = raw[done:-1].replace(b"\n", b" \n").split(b" ")
+    yield pieces.pop(0), pieces
 
 def whole(piece):
     """The text of a piece."""
-    return piece if piece.startswith("\n") else " " + piece  # (2)
+    return piece if piece[:1] == b"\n" else b" " + piece  # (2)
 
 def count_words(text):
-    """{pre-token: how often it stands in the text}."""
+    """{pre-token in UTF-8: how often it stands in the text}."""
     heads, pieces, words = collections.Counter(), collections.Counter(), collections.Counter()
-    for head, rest in cut_text(text):
+    for head, rest in cut_text(utf8(text)):
         heads[head] += 1
         pieces.update(rest)
-    for string, n in itertools.chain(heads.items(), ((whole(piece), n) for piece, n in pieces.items())):
-        for word in pre_tokens(string):
+    for part, n in itertools.chain(heads.items(), ((whole(piece), n) for piece, n in pieces.items())):
+        for word in pre_tokens(part):
             words[word] += n
     return words
 
 def learn_merges(words, n):
     """{word, a bytes of ids: how often it stands in the text} -> at most n merges (a, b), fewer if no pair is left.
 
-    All words lie in one list, -1 after each. A merged token stands where its first byte stood; left and right jump over
-    what is gone, so that a merge takes the same time wherever it is."""
-    ids, times = [], []
+    All words lie in one list, -1 around each. A token's id stands in ids where its first byte stood, and in ends just
+    after its last one; a pair is a 2^32 + b, which orders pairs as (4) does."""
+    ids, times, ends, length = [-1], [0], [-1], [1] * 256
     for word, n_w in words.items():
         ids += (*word, -1)
         times += [n_w] * (len(word) + 1)
-    left, right = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
-    count, where, merges = collections.defaultdict(int), collections.defaultdict(list), []
-    for i, pair in enumerate(zip(ids, ids[1:])):
-        if pair[0] >= 0 <= pair[1]:
-            count[pair] += times[i]  # (3)
-            where[pair].append(i)
+    ends += ids[:-1]
+    count, where, merges, n_at = {}, collections.defaultdict(list), [], times.__getitem__
+    for i, (a, b) in enumerate(zip(ids, ids[1:])):
+        if a >= 0 <= b:
+            where[a << 32 | b].append(i)
+    for pair, places in where.items():
+        count[pair] = sum(map(n_at, places))  # (3)
     heap = [(-c, pair) for pair, c in count.items()]
     heapq.heapify(heap)
     while heap and len(merges) < n:
-        minus, pair = heapq.heappop(heap)
-        if count[pair] != -minus:
-            if count[pair] > 0:
-                heapq.heappush(heap, (-count[pair], pair))
+        minus, pair = heap[0]
+        if (now := count[pair]) != -minus:
+            heapq.heapreplace(heap, (-now, pair)) if now else heapq.heappop(heap)
             continue
-        (a, b), c, born = pair, 256 + len(merges), collections.defaultdict(list)
-        merges.append(pair)  # (4)
+        a, b, c = pair >> 32, pair & LOW, len(length)
+        merges.append((a, b))  # (4)
+        length.append(length[a] + length[b])
+        to_b, to_y, before, after = length[a], length[c], collections.defaultdict(list), collections.defaultdict(list)
         for i in where.pop(pair):
-            j, n_w = right[i], times[i]
-            if ids[i] != a or ids[j] != b:
-                continue  # another merge has taken one of the two
-            ids[i], ids[j] = c, -2  # (5)
-            k = right[i] = right[j]
-            left[k] = i
-            if (x := ids[left[i]]) >= 0:
-                count[x, a] -= n_w  # (6)
-                count[x, c] += n_w  # (6)
-                born[x, c].append(left[i])
-            if (y := ids[k]) >= 0:
-                count[b, y] -= n_w  # (6)
-                count[c, y] += n_w  # (6)
-                born[c, y].append(i)
-        del count[pair]
-        where.update(born)
-        for pair in born:
-            if count[pair] > 0:
-                heapq.heappush(heap, (-count[pair], pair))
+            if ids[i] == a and ids[i + to_b] == b:  # else another merge has taken one of the two
+                ids[i] = ends[i + to_y] = c  # (5)
+                ids[i + to_b] = -2
+                before[x := ends[i]].append(i - length[x])
+                after[ids[i + to_y]].append(i)
+        for y, places in after.items():
+            if y >= 0:
+                count[b << 32 | y] -= (more := sum(map(n_at, places)))  # (6)
+                count[c << 32 | y], where[c << 32 | y] = more, places  # (6)
+                heapq.heappush(heap, (-more, c << 32 | y))
+        for x, places in before.items():
+            if x >= 0:
+                count[x << 32 | a] -= (more := sum(map(n_at, places)))  # (6)
+                count[x << 32 | c], where[x << 32 | c] = more, places  # (6)
+                heapq.heappush(heap, (-more, x << 32 | c))
+        count[pair] = 0
     return merges
 
-def merge_word(ids, pairs):
-    """The ids of a word's bytes -> the ids of its tokens. pairs: {(a, b): rank 2^32 + id}."""
+def merge_word(ids, pairs, made):
+    """The ids of a word's bytes -> the ids of its tokens. pairs: {(a, b): rank}; made: [rank] -> id."""
     if len(ids) > 100:
-        return merge_long(ids, pairs)
-    ids, none = list(ids), 1 << 64
-    keys = [pairs.get(pair, none) for pair in zip(ids, ids[1:])]
-    while keys and (best := min(keys)) < none:
-        i = keys.index(best)
-        ids[i : i + 2] = (best & LOW,)  # (7)
-        del keys[i]
+        return merge_long(ids, pairs, made)
+    ids, none = list(ids), len(made)
+    ranks = [pairs.get(pair, none) for pair in zip(ids, ids[1:])]
+    while ranks and (best := min(ranks)) < none:
+        i = ranks.index(best)
+        ids[i] = made[best]  # (7)
+        del ids[i + 1], ranks[i]
         if i:
-            keys[i - 1] = pairs.get((ids[i - 1], ids[i]), none)
-        if i < len(keys):
-            keys[i] = pairs.get((ids[i], ids[i + 1]), none)
+            ranks[i - 1] = pairs.get((ids[i - 1], ids[i]), none)
+        if i < len(ranks):
+            ranks[i] = pairs.get((ids[i], ids[i + 1]), none)
     return ids
 
-def merge_long(ids, pairs):
+def merge_long(ids, pairs, made):
     """The same as merge_word(), in n log n steps."""
     n, heap = len(ids), []
     ids, left, right = [*ids, -1], list(range(-1, n)), list(range(1, n + 1))  # -1: nothing here any more
 
     def note(i):
-        if (key := pairs.get((ids[i], ids[right[i]]))) is not None:
-            heapq.heappush(heap, (key, i))
+        if (rank := pairs.get((ids[i], ids[right[i]]))) is not None:
+            heapq.heappush(heap, (rank, i))
 
     for i in range(n - 1):
         note(i)
     while heap:
-        key, i = heapq.heappop(heap)
+        rank, i = heapq.heappop(heap)
         j = right[i]
-        if j < n and pairs.get((ids[i], ids[j])) == key:
-            ids[i], ids[j] = key & LOW, -1  # (7)
+        if j < n and pairs.get((ids[i], ids[j])) == rank:
+            ids[i], ids[j] = made[rank], -1  # (7)
             right[i] = right[j]
             left[right[i]] = i
             if left[i] >= 0:
@@ -214,29 +228,38 @@ class BPE:
         self.bytes = {i: raw for raw, i in self.tokens.items()} | {i: s.encode() for s, i in self.special.items()}
         if len(self.bytes) < len(self.tokens) + len(self.special):
             raise ValueError("two tokens have the same id")
+        if odd := [i for i in self.bytes if not isinstance(i, int)]:
+            raise ValueError(f"an id is a whole number, not {odd[0]!r}")
         try:
             self.first = [self.tokens[bytes([b])] for b in range(256)]  # [byte] -> id
-            self.pairs = {}
-            for k, (a, b) in enumerate(self.merges):
-                self.pairs.setdefault((self.tokens[a], self.tokens[b]), k << 32 | self.tokens[a + b])
+            self.made, self.pairs = [self.tokens[a + b] for a, b in self.merges], {}
+            for rank, (a, b) in enumerate(self.merges):
+                self.pairs[self.tokens[a], self.tokens[b]] = rank  # of a pair listed twice the last, as GPT-2 has it
         except KeyError as e:
             raise ValueError(f"the merges or the bytes need the token {e.args[0]!r}, which is not there") from None
-        self.words = Table(lambda word: tuple(merge_word([self.first[b] for b in word.encode()], self.pairs)))
+        self.words = Table(self.merge)
         self.heads, self.pieces = Table(self._ids), Table(lambda piece: self._ids(whole(piece)))
+
+    def merge(self, word):
+        """The ids of a pre-token, bytes -> a tuple."""
+        return tuple(merge_word([*map(self.first.__getitem__, word)], self.pairs, self.made))
 
     def prepare(self):
         """Fills the tables with the words that are one token, so that even a first text is encoded fast -> self."""
         for raw, i in self.tokens.items():
             with contextlib.suppress(UnicodeDecodeError):
-                if len(raw) > 1 and pre_tokens(word := raw.decode()) == [word]:
-                    if merge_word([self.first[b] for b in raw], self.pairs) == [i]:
-                        self.words[word] = (i,)
-                        if word[0] == " " != word[1]:
-                            self.pieces[word[1:]] = (i,)
+                if len(raw) > 1 and pre_tokens(raw) == [raw] and self.merge(raw) == (i,):
+                    self.words[raw] = (i,)
+                    if raw[0] == 32 != raw[1]:
+                        self.pieces[raw[1:]] = (i,)
         return self
 
-    def _ids(self, string):
-        return tuple(itertools.chain.from_iterable(map(self.words.__getitem__, pre_tokens(string))))
+    def _ids(self, part):
+        first, *rest = pre_tokens(part) or [b""]
+        ids = self.words[first]
+        for word in rest:
+            ids += self.words[word]
+        return ids
 
     @classmethod
     def train(cls, text, vocab_size, special=()):
@@ -245,7 +268,7 @@ class BPE:
         if n < 0:
             raise ValueError(f"a vocabulary of {vocab_size} cannot hold 256 bytes and {len(special)} special tokens")
         tokens = [bytes([b]) for b in BYTES]
-        words = {utf8(word).translate(IDS): times for word, times in count_words(text).items()}
+        words = {word.translate(IDS): times for word, times in count_words(text).items()}
         merges = learn_merges(words, n)
         for a, b in merges:
             tokens.append(tokens[a] + tokens[b])  # (8)
@@ -259,16 +282,16 @@ class BPE:
         allowed = list(self.special if allowed_special == "all" else allowed_special)
         if unknown := [name for name in allowed if name not in self.special]:
             raise ValueError(f"{unknown[0]!r} is not a special token; there are {list(self.special)}")
-        utf8(text)
         names = "|".join(re.escape(name) for name in sorted(allowed, key=len, reverse=True))
-        ids = []
+        ids, found = [], self.pieces
         for i, part in enumerate(re.split(f"({names})", text) if names else [text]):
             if i % 2:
                 ids.append(self.special[part])
             else:
-                for head, pieces in cut_text(part):
+                for head, pieces in cut_text(utf8(part)):
                     ids += self.heads[head]
-                    ids += itertools.chain.from_iterable(map(self.pieces.__getitem__, pieces))
+                    for piece in pieces:
+                        ids += found[piece]
         return ids
 
     def decode_bytes(self, ids):
@@ -321,13 +344,14 @@ class BPE:
     def load_ranks(cls, path):
         lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
         tokens = {base64.b64decode(raw, validate=True): int(rank) for raw, rank in lines}
-        tokens, merges, pairs = dict(sorted(tokens.items(), key=lambda item: item[1])), [], {}
+        tokens, merges, pairs, made = dict(sorted(tokens.items(), key=lambda item: item[1])), [], {}, []
         for raw, rank in tokens.items():
             if len(raw) > 1:  # it was made from the two that are left if all older merges are made
-                parts = merge_word([tokens[bytes([b])] for b in raw], pairs)
+                parts = tuple(merge_word([tokens[bytes([b])] for b in raw], pairs, made))
                 if len(parts) == 2:
-                    pairs[tuple(parts)] = rank << 32 | rank
-                    merges.append(tuple(parts))
+                    pairs[parts] = len(made)
+                    made.append(rank)
+                    merges.append(parts)
         raw = {rank: token for token, rank in tokens.items()}
         return cls(tokens, [(raw[a], raw[b]) for a, b in merges])
 
