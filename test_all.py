@@ -7,9 +7,9 @@
 
 test_repo_* hold for every file that lies here, each file in a test of its own; test_ddpm_* and so on hold for one file.
 The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
-import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib, http.server
-import importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile, threading, time
-import tokenize, traceback, types, unicodedata, unittest
+import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib
+import http.server, importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile
+import threading, time, tokenize, traceback, types, unicodedata, unittest
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributions as D
 from PIL import Image, ImageDraw, ImageFont
 
+nn, F = torch.nn, torch.nn.functional
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 torch.set_num_threads(1)  # faster for networks as small as these
@@ -46,6 +47,9 @@ def has_images(module):
 
 def has_checkpoint(module):
     return hasattr(module, "load_checkpoint")
+
+def has_iters(module):
+    return has_checkpoint(module) and "--iters" in options(module)  # word2vec.py counts epochs
 
 def near(got, want, atol=0.0, rtol=0.0):
     """Both as float64, and equal to within atol + rtol |want|, every element."""
@@ -113,7 +117,8 @@ TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "
 
 def command(module, **flags):
     """The words of a run that takes seconds, from TINY and flags as far as the file knows them."""
-    flags = {**TINY, **{"--" + name: value for name, value in flags.items()}}
+    epochs = {"--epochs": 1, "--batch": 1024, "--dim": 8} if "--epochs" in options(module) else {}
+    flags = {**TINY, **epochs, **{"--" + name: value for name, value in flags.items()}}
     return [word for name, value in flags.items() if name in options(module) for word in (name, str(value))]
 
 def paint(folder, n=4, size=(9, 7), mode="RGB", seed=0):
@@ -372,7 +377,7 @@ def test_repo_readme():
     for link in (a or b for a, b in links):
         assert re.match(r"\w+:", link) or (HERE / link).exists(), f"the README links to {link}, which is not there"
 
-@each(has_checkpoint)
+@each(has_iters)
 def test_repo_stop_and_resume(module):
     """Stopped between two saves, the same command ends with the very bytes of a run that was never stopped."""
     words, _, files = finished(module)
@@ -410,7 +415,7 @@ def test_repo_run_again(module):
         assert status == 0, err
         assert not (differ := changed(files, snapshot(here))), differ
 
-@each(has_checkpoint)
+@each(has_iters)
 def test_repo_fresh(module):
     """--fresh forgets the checkpoint, even a broken one, but leaves it there until there is something to save."""
     with workdir() as here:
@@ -531,7 +536,7 @@ def test_repo_bad_checkpoint(module):
     broken = {"empty": b"", "garbage": b"garbage" * 99, "cut short": good[:-100], "cut shorter": good[:999],
               "another file's": edited(method="other"), "another network's": edited(parts=renamed)}
     other = [("--width", 16, "width 8, not 16"), ("--iters", 131, "iters 130, not 131"), ("--seed", 7, "seed 0, not 7"),
-             ("--batch", 3, "batch 2, not 3"), ("--lr", 0.5, "lr .*, not 0.5"), ("--size", 12, "size 8, not 12"),
+             ("--batch", 3, "batch [0-9]+, not 3"), ("--lr", 0.5, "lr .*, not 0.5"), ("--size", 12, "size 8, not 12"),
              ("--channels", 1, "channels 3, not 1"), ("--data", "others", "made with")]
     with workdir() as here:
         unpack(files, here)
@@ -560,7 +565,9 @@ def test_repo_loss_not_finite(module):
     if "--lr" in options(module):
         with workdir() as here:
             unpack(files, here)
-            wrong = refused(module, [*words, "--lr", "1e30", "--iters", 3, "--fresh"], "iteration.*--lr", here)
+            flags = ["--lr", "1e30" if has_images(module) else "1e42", "--fresh"]
+            flags += ["--iters", 3] if "--iters" in options(module) else []
+            wrong = refused(module, [*words, *flags], "iteration.*--lr", here)
         assert not wrong, wrong
 
 @each()
@@ -4020,6 +4027,442 @@ def test_bpe_pictures():
     assert {*bpe.COLOURS, (255, 255, 255), (0, 0, 0)} <= colours and image.width == 760
     edges = np.asarray(image)
     assert (edges[-6:] == 255).all() and (edges[:, -12:] == 255).all() and (edges[:6] == 255).all()
+
+# ------------------------------------------------------------------------------------------------------- word2vec -----
+word2vec = MODULES["word2vec"]
+
+def plain_objective(model, v, u, window, centres, around, k, p):
+    """l of (1) or (6), summed over the pairs of a block, the mean over negatives taken exactly with their chances p."""
+    far = lambda h: k * (p * F.logsigmoid(-(u @ h))).sum()
+    total = 0
+    for i, j in itertools.product(range(len(centres)), range(window.shape[1]) if model == "skipgram" else [None]):
+        if j is None and window[i].any():
+            h = torch.stack([v[around[i + j]] for j in range(window.shape[1]) if window[i, j]]).mean(0)
+            total = total + F.logsigmoid(u[centres[i]] @ h) + far(h)
+        elif j is not None and window[i, j]:
+            total = total + F.logsigmoid(u[around[i + j]] @ v[centres[i]]) + far(v[centres[i]])
+    return total
+
+def test_word2vec_gradient():
+    """sgd_step() moves v and u by autograd's gradient of the plain objective: exactly, for the negatives that were drawn,
+    and in the mean over all that could be drawn."""
+    g = torch.Generator().manual_seed(0)
+    V, d, L, R, S, k = 12, 5, 6, 2, 3, 4
+    for model in "skipgram", "cbow", "skipgram", "cbow":
+        tables = torch.randn(2, V, d, generator=g, dtype=torch.float64)  # v and u
+        line = torch.randint(V, (2 * L + 2 * R,), generator=g)
+        centres, around = line[R : R + 2 * L].view(2, L), line.unfold(0, L + 2 * R, L)
+        window = torch.randint(2, (2, L, 2 * R + 1), generator=g).double()
+        window[:, :, R] = 0
+        window[0, 0] = 0  # a centre without neighbours
+        p = torch.rand(V, generator=g, dtype=torch.float64)
+        p, drawn = p / p.sum(), torch.randint(V, (2, S), generator=g)
+        shares = F.one_hot(drawn, V).double().mean(1)
+        got, value = moved(tables, (centres, around, drawn, window), k, model)
+        want, plain = plain_gradient(tables, (centres, around, shares, window), k, model)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(value, plain)
+        each = [moved(tables, (centres, around, torch.full((2, S), n), window), k, model)[0] for n in range(V)]
+        mean = sum(chance * one for chance, one in zip(p, each))  # exact, for it is linear in the negatives
+        want, _ = plain_gradient(tables, (centres, around, p.expand(2, V), window), k, model)
+        torch.testing.assert_close(mean, want, rtol=1e-9, atol=1e-9)
+
+def moved(tables, blocks, k, model):
+    """By how much sgd_step() moves the tables at a rate of 1, and its objective."""
+    new = tables.clone()
+    value = word2vec.sgd_step(*new, blocks, k, 1.0, model)()
+    return new - tables, value
+
+def plain_gradient(tables, blocks, k, model):
+    """The same by autograd on the plain objective; in place of negatives (B, V) chances."""
+    tables = tables.clone().requires_grad_()
+    value = sum(plain_objective(model, *tables, window, centres, around, k, p)
+                for centres, around, p, window in zip(*blocks))
+    return torch.autograd.grad(value, tables)[0], value.detach()
+
+def test_word2vec_negatives():
+    """Negatives come as count^(3/4) says, by chi-square."""
+    counts = torch.tensor([4000.0, 900, 256, 81, 16, 16, 1])
+    table = word2vec.negative_table(counts)
+    p = counts.double() ** 0.75 / (counts.double() ** 0.75).sum()
+    assert (table.bincount(minlength=7) / len(table) - p).abs().max() < 1e-6
+    torch.manual_seed(0)
+    negatives = word2vec.draw_blocks(torch.zeros(3200, dtype=torch.int32), torch.ones(7), table, 2)[2]
+    assert negatives.shape == (100, word2vec.SHARED)
+    n = negatives.flatten().long().bincount(minlength=7)
+    assert ((n - p * n.sum()) ** 2 / (p * n.sum())).sum() < 22.5  # 6 degrees of freedom: p = .001
+
+def test_word2vec_subsampling():
+    """A word of share f stays with chance sqrt(t/f) + t/f, at most 1; t = 0 keeps all."""
+    counts = torch.tensor([9000.0, 900, 90, 10])
+    keep = word2vec.keep_chance(counts, 1e-2)
+    for chance, f in zip(keep.tolist(), (0.9, 0.09, 0.009, 0.001)):
+        assert math.isclose(chance, min(1, (1e-2 / f) ** 0.5 + 1e-2 / f), rel_tol=1e-5)
+    assert (word2vec.keep_chance(counts, 0) == 1).all() and keep[2] == keep[3] == 1
+    torch.manual_seed(1)
+    raw = torch.arange(40_000, dtype=torch.int32) % 4
+    centres, around, _, window = word2vec.draw_blocks(raw, keep, word2vec.negative_table(counts), 3)
+    n = centres.flatten()[window.flatten(0, 1).any(1)].long().bincount(minlength=4)
+    for got, want in zip(n.tolist(), (1e4 * keep).tolist()):
+        assert abs(got - want) < 4 * 100, (n, keep)
+
+def test_word2vec_windows():
+    """b is even over 1 .. R; a window is b words each way of what is left, and ends with the text and a blank line."""
+    torch.manual_seed(2)
+    raw = torch.arange(500, dtype=torch.int32)
+    raw[[100, 101, 250]] = -1
+    R, V = 4, 500
+    centres, around, _, window = word2vec.draw_blocks(raw, torch.ones(V), torch.zeros(9, dtype=torch.int32), R)
+    assert centres.shape == (16, 32) and around.shape == (16, 32 + 2 * R) and window.shape == (16, 32, 2 * R + 1)
+    paragraph, words = (raw < 0).cumsum(0), raw[raw >= 0]
+    assert torch.equal(centres.flatten()[: len(words)], words) and not window.flatten(0, 1)[len(words):].any()
+    seen = collections.Counter()
+    for block, i in itertools.product(range(16), range(32)):
+        c = int(centres[block, i])
+        near = [int(around[block, i + j]) for j in range(2 * R + 1) if window[block, i, j]]
+        if block * 32 + i < len(words):
+            place = int((words == c).nonzero())
+            able = [w for w in words[max(0, place - R) : place + R + 1].tolist() if paragraph[w] == paragraph[c]]
+            left, right = (sum((w - c) * side > 0 for w in near) for side in (-1, 1))
+            assert set(near) <= set(able) - {c} and near == sorted(near)
+            if len(able) == 2 * R + 1:
+                assert left == right
+                seen[left] += 1
+    assert set(seen) == {1, 2, 3, 4} and all(abs(n - sum(seen.values()) / 4) < 4 * 10 for n in seen.values()), seen
+
+def topics(n=1500):
+    """Text about one of two things at a time, a blank line between; the common words belong to neither."""
+    rng = np.random.default_rng(0)
+    kinds = [[f"{c}{d}" for c in letters for d in "aeiou"] for letters in ("bcd", "xyz")]
+    return "\n\n".join(" ".join(rng.choice([*kinds[i % 2], "the", "and"], 12)) for i in range(n))
+
+def test_word2vec_topics():
+    """Of two planted topics each word's nearest are of its own, by both models."""
+    with workdir() as here:
+        (here / "text").write_text(topics())
+        for model in "skipgram", "cbow":
+            made = word2vec.train("text", 4, 64, 0.05, 10, 3, 5, 1e-2, 1, model)
+            words = [word for word in made.words if word not in ("the", "and")]
+            assert len(words) == 30
+            for word in words:
+                near = [other for other, _ in word2vec.nearest(made, word, 10) if other in words][:8]
+                assert sum((other[0] in "bcd") == (word[0] in "bcd") for other in near) >= 7, (model, word, near)
+
+def test_word2vec_hash_seed():
+    """Another PYTHONHASHSEED, the same vectors."""
+    code = "import sys, torch; torch.set_num_threads(1); import word2vec; word2vec.main(sys.argv[1:])"
+    runs = []
+    with workdir() as here:
+        (here / "text").write_text(topics(100))
+        for seed in "0", "77":
+            words = ["--text", str(here / "text"), "--out", str(here / seed), "--dim", "6", "--epochs", "1"]
+            subprocess.run([sys.executable, "-B", "-c", code, *words], cwd=HERE, check=True, stdout=subprocess.DEVNULL,
+                           env={**os.environ, "PYTHONHASHSEED": seed})
+            runs.append((here / seed / "vectors.txt").read_bytes())
+    assert runs[0] == runs[1] and runs[0].startswith(b"32 6\n")
+
+def test_word2vec_words():
+    """Words, blank lines, Chinese; a file read in pieces gives the words of one read at once; no text is refused."""
+    text = "The cat's naïve Café_2 x\n \t\nДом дома 我爱你 don't\r\n\r\nEnd\u2028end😀 one\n\n\ntwo\n" * 60
+    want = "the cat s naïve café x".split() + ["", "дом", "дома", *"我爱你", *"don t".split(), "", "end", "end", "one"]
+    want += ["", "two"]
+    with workdir() as here:
+        (here / "text").write_bytes(text.encode())
+        assert [*itertools.chain(*word2vec.read_words("text"))] == want * 60
+        for at_once in 40, 64, 100, 999, 5000:
+            assert [*itertools.chain(*word2vec.read_words("text", at_once))] == want * 60, at_once
+        assert len([*word2vec.read_words("text", 1000)]) > 5
+        assert "1 words" in refusal(word2vec.count_vocabulary, "text", 61)
+        counts = word2vec.count_vocabulary("text", 60)
+        assert list(counts)[0] == "end" and counts["end"] == 120 and "" not in counts and counts["我"] == 60
+        ids, sha256 = word2vec.text_to_ids("text", {"cat": 0, "我": 1}, here)
+        assert ids.tolist() == [0, -1, 1, -1, -1] * 60 and len(sha256) == 12
+        assert os.listdir(here) == ["text"] and "too few" not in refusal(word2vec.count_vocabulary, "text", 10_000)
+        (here / "bad").write_bytes(text.encode() + b"caf\xe9" + text.encode())
+        for at_once in 100, 1 << 22:
+            say = refusal(lambda at_once=at_once: list(word2vec.read_words("bad", at_once)))
+            assert f"byte {len(text.encode()) + 3} is 0xe9" in say, say
+
+def planted(words, rows):
+    made = word2vec.Vectors(words, len(rows[0]))
+    made.table.copy_(torch.tensor(rows))
+    return made
+
+def test_word2vec_closest():
+    """Nearest by the cosine, not by length; an analogy by the difference of unit vectors, without its own words."""
+    made = planted(["a", "b", "c", "d", "e"], [[1.0, 0], [0.1, 0.01], [9, 9], [0, 2], [-1, 0]])
+    assert [word for word, _ in word2vec.nearest(made, "a", 9)] == ["b", "c", "d", "e"]
+    assert math.isclose(word2vec.nearest(made, "a", 2)[1][1], 0.5**0.5, rel_tol=1e-5)
+    rows = [[1.0, 0, 0.1], [2, 0, 2], [0, 1, 0], [0, 3, 3], [-1, -1, 0]]
+    made = planted(["man", "woman", "king", "queen", "far"], rows)
+    assert [word for word, _ in word2vec.analogy(made, "man", "woman", "king")] == ["queen", "far"]
+    assert "'cat'" in refusal(word2vec.nearest, made, "cat")
+
+def test_word2vec_map():
+    """The map is the two main directions of the vectors: what lies in a plane keeps its shape but for two scales."""
+    flat = torch.tensor([[0.0, 0], [10, 0], [0, 4], [10, 4], [5, 2]])
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0][:2]
+    spots = {}
+    draw = types.SimpleNamespace(text=lambda at, word, *rest: spots.update({word: torch.tensor(at)}))
+    with mock.patch.object(word2vec.ImageDraw, "Draw", lambda image: draw):
+        word2vec.plot_words(planted(list("pqrst"), (flat @ turn).tolist()), side=300)
+    assert all(50 <= x <= 250 for spot in spots.values() for x in spot.tolist())
+    across, down = (spots["q"] - spots["p"]).abs().tolist(), (spots["r"] - spots["p"]).abs().tolist()
+    assert across[0] > 199 and across[1] < 1 and down[0] < 1 and down[1] > 199
+    assert (spots["t"] - 150).abs().max() < 1
+
+def test_word2vec_command():
+    """Trains, prints, writes vectors.txt; again it only shows; other settings and words are refused."""
+    with workdir() as here:
+        (here / "text").write_text(topics(200))
+        words = ["--text", "text", "--dim", "7", "--batch", "500", "--epochs", "2", "--out", "run"]
+        status, out, err = call(word2vec, words)
+        assert (status, err) == (0, ""), err
+        assert sorted(os.listdir("run")) == ["log.csv", "map.png", "model.pt", "vectors.txt"]
+        assert len(re.findall(r"epoch \d of 2: loss [\d.]+, [\d,]+ words/s", out)) == 2, out
+        head, *lines = (here / "run/vectors.txt").read_text("utf-8").splitlines()
+        made = word2vec.load("run/model.pt")
+        assert head == f"{len(lines)} 7" and [line.split(" ")[0] for line in lines] == made.words
+        rows = torch.tensor([[float(x) for x in line.split(" ")[1:]] for line in lines])
+        assert rows.shape[1] == 7 and (rows - made.table).abs().max() < 1e-5 and rows.std() > 0.01
+        files = snapshot(here)
+        with mock.patch.object(word2vec, "sgd_step", side_effect=AssertionError("it trains")):
+            status, out, _ = call(word2vec, [*words, "--nearest", "ba", "--analogy", "ba", "be", "xa"])
+        assert status == 0 and out.startswith("ba: ") and "\nba : be = xa : " in out, out
+        assert not (differ := changed(files, snapshot(here))), differ
+        for flags, say in (["--nearest", "cat"], "'cat'"), (["--dim", "8"], "dim 7, not 8.*--fresh"), (
+                ["--model", "cbow"], "model skipgram, not cbow"), (["--min-count", "9999"], "min-count"), (
+                ["--sample", "-1"], "sample"), (["--text", "nowhere"], "nowhere"), (["--analogy", "a"], "analogy"):
+            assert not (wrong := refused(word2vec, [*words, *flags], say, here)), wrong
+
+def test_word2vec_stop_and_resume():
+    """Stopped within an epoch, the same command ends with the very vectors and log of a run that was never stopped."""
+    real, clock = word2vec.sgd_step, itertools.count(0, 100)
+
+    def stopping(*args):
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with workdir() as here:
+        (here / "text").write_text(topics(200))
+        words = ["--text", "text", "--dim", "7", "--batch", "200", "--epochs", "2", "--out"]
+        assert call(word2vec, [*words, "whole"])[0] == 0
+        for n in 5, 15:
+            calls = iter(range(n, -1, -1))
+            hurry = mock.patch.object(word2vec.time, "time", lambda: next(clock))  # it saves after each step
+            with mock.patch.object(word2vec, "sgd_step", stopping), hurry:
+                status, _, err = call(word2vec, [*words, "run", *["--fresh"][: n == 9]])
+            assert status == 130 and "goes on" in err, (status, err)
+        assert torch.load("run/model.pt", weights_only=True)["done"] == 20  # of 13 + 13: an epoch and more
+        assert call(word2vec, [*words, "run"])[0] == 0
+        assert not (differ := [name for name in changed(snapshot(here / "whole"), snapshot(here / "run"))
+                               if name != "model.pt"]), differ
+
+# ------------------------------------------------------------------------------------------------------------ rnn -----
+rnn = MODULES["rnn"]
+
+def plain_cell(cell, a, h, c):
+    """One step as the papers have it -> h, c."""
+    if cell == "rnn":
+        return a.tanh(), c
+    i, f, g, o = a.chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+def unrolled(cell, T, N=3, H=5, V=6, dtype=torch.float64, seed=0):
+    """Random inputs of Unroll: cell, memory, table, x, w_hh, state."""
+    g, G = torch.Generator().manual_seed(seed), rnn.CELLS[cell][2]
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=dtype).requires_grad_()
+    table, w_hh, state = draw(V, G * H), draw(H, G * H), draw(rnn.CELLS[cell][3], N, H)
+    return cell, rnn.Memory(table.detach()), table, torch.randint(V, (T, N), generator=g), w_hh, state
+
+def test_rnn_gradients():
+    """Both cells, by hand: values and gradients are those of autograd on the plain recurrence, at several lengths."""
+    for cell, T, (dtype, most) in itertools.product(rnn.CELLS, (1, 2, 7, 40), [(torch.float64, 1e-11),
+                                                                               (torch.float32, 1e-5)]):
+        _, new, table, x, w_hh, state = given = unrolled(cell, T, dtype=dtype, seed=T)
+        w_hh.data /= 2
+        weights = torch.randn(T, 3, 5, dtype=dtype)
+        h, last = rnn.Unroll.apply(*given)
+        got = torch.autograd.grad((h * weights).sum(), (table, w_hh, state))
+        h_t, c_t, want = state[0], state[-1], []
+        for t in range(T):
+            h_t, c_t = plain_cell(cell, table[x[t]] + h_t @ w_hh, h_t, c_t)
+            want.append(h_t)
+        grads = torch.autograd.grad((torch.stack(want) * weights).sum(), (table, w_hh, state))
+        end = torch.stack([h_t, c_t][: len(state)])
+        for a, b in [(h, torch.stack(want)), (last, end), *zip(got, grads)]:
+            assert (a - b).abs().max() <= most * max(1, b.abs().max()), (cell, T, dtype, (a - b).abs().max())
+
+def test_rnn_torch_nn():
+    """With the weights of torch.nn.RNN and torch.nn.LSTM: their outputs, last states and gradients."""
+    for cell, layer, T in (("rnn", nn.RNN(4, 5), 9), ("lstm", nn.LSTM(4, 5), 9), ("lstm", nn.LSTM(4, 5), 1)):
+        x, inputs = torch.arange(T * 3).view(T, 3), torch.randn(T * 3, 4)
+        table = inputs @ layer.weight_ih_l0.t() + layer.bias_ih_l0 + layer.bias_hh_l0
+        w_hh, state = layer.weight_hh_l0.t(), torch.randn(rnn.CELLS[cell][3], 3, 5)
+        h, last = rnn.Unroll.apply(cell, rnn.Memory(table.detach()), table, x, w_hh, state)
+        want, end = layer(inputs.view(T, 3, 4), state if cell == "rnn" else (state[:1], state[1:]))
+        weights = torch.randn_like(h)
+        got, ref = (torch.autograd.grad((out * weights).sum(), list(layer.parameters())) for out in (h, want))
+        for a, b in [(h, want), (last, end if cell == "rnn" else torch.cat(end)), *zip(got, ref)]:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+def small_rnn(cell="lstm", width=12, chars="abcdef", seed=0, **more):
+    torch.manual_seed(seed)
+    return rnn.CharRNN(chars, cell, width, **more).eval()
+
+def test_rnn_chunks():
+    """Chunks with the state carried give what one long pass gives; no gradient crosses from one to the one before."""
+    for cell in rnn.CELLS:
+        model, x = small_rnn(cell), torch.randint(6, (20, 3))
+        whole, end = model(x, model.start(3))
+        state, parts = model.start(3), []
+        for part in x.split(6):
+            logits, state = model(part, state)
+            parts.append(logits.detach())
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state, end)
+        assert not state.requires_grad and (state != 0).all()
+        x[:10] %= 3  # the first chunk has the letters 0 .. 2, the second 3 .. 5
+        x[10:] = 3 + x[10:] % 3
+        _, state = model(x[:10], model.start(3))
+        logits, _ = model(x[10:], state)
+        (grad,) = torch.autograd.grad(logits.square().sum(), model.embedding)
+        assert not grad[:3].any() and grad[3:].any()
+        logits, _ = model(x, model.start(3))
+        (grad,) = torch.autograd.grad(logits[10:].square().sum(), model.embedding)
+        assert grad[:3].any()  # within a chunk it does
+
+def test_rnn_memory():
+    """What a second forward pass has written over is not differentiated in silence; other passes do no harm."""
+    model, x = small_rnn(), torch.randint(6, (5, 2))
+    first, _ = model(x, model.start(2))
+    model(x, model.start(2))
+    try:
+        first.sum().backward()
+    except RuntimeError as e:
+        assert "modified" in str(e)
+    else:
+        raise AssertionError("a gradient of what is no longer there")
+    copied, before = small_rnn(), model(x, model.start(2))[1]
+    logits, kept = model(x[:3], before)
+    want = kept.clone()
+    copied(x, copied.start(2))
+    rnn.sample(copied, 3)
+    logits.sum().backward()
+    model(x, model.start(2))
+    assert torch.equal(kept, want) and copied.w_hh.grad is None and copied.memory is not model.memory
+
+def test_rnn_bits():
+    """evaluate() is the plain mean over the last letters, each once; a past is given to each stream."""
+    model, ids = small_rnn(), torch.randint(6, (403,), generator=torch.Generator().manual_seed(1))
+    logits, _ = model(ids[:-1].view(-1, 1), model.start(1))
+    nats = F.cross_entropy(logits[:, 0], ids[1:], reduction="none").detach()  # [i] is the bet on ids[i + 1]
+    want = nats[299:].mean().item()
+    assert math.isclose(rnn.evaluate(model, ids, 300, 1, 299), want, rel_tol=1e-5)
+    assert math.isclose(rnn.evaluate(model, ids, 300, 1, 1000, 7), want, rel_tol=1e-5)
+    parts, first = [], 300
+    for start in 300, 335, 370:  # 35 letters a stream, 33 in the last
+        logits, _ = model(ids[start - 21 : start + 34].view(-1, 1), model.start(1))
+        bets, ids_t = logits[: len(ids) - start + 20, 0], ids[start - 20 : start + 35]
+        parts.append(F.cross_entropy(bets, ids_t, reduction="none")[20:].detach())
+    assert sum(map(len, parts)) == len(ids) - first
+    assert math.isclose(rnn.evaluate(model, ids, first, 3, 20, 8), torch.cat(parts).mean().item(), rel_tol=1e-5)
+
+def test_rnn_sample():
+    """Near 0 the likeliest letter is drawn, at 1 letters come as the softmax has them; prompts are read."""
+    model = small_rnn(chars="abef日😀")
+    model.out.weight.data *= 6
+    want, state = "日a", model.start(1)
+    for letter in want:
+        logits, state = model(rnn.to_ids(letter, model.chars).view(1, 1), state)
+    for _ in range(30):
+        want += model.chars[logits[0, 0].argmax()]
+        logits, state = model(rnn.to_ids(want[-1], model.chars).view(1, 1), state)
+    assert rnn.sample(model, 30, "日a", 0) == rnn.sample(model, 30, "日a", 1e-9) == want and len(want) == 32
+    for temperature in 1.0, 3.0:
+        logits, _ = model(rnn.to_ids("f", model.chars).view(1, 1), model.start(1))
+        p = (logits[0, 0] / temperature).softmax(0)
+        drawn = [rnn.sample(model, 1, "f", temperature, seed)[1] for seed in range(600)]
+        n = torch.tensor([drawn.count(c) for c in model.chars])
+        few = p * 600 < 5
+        assert ((n - 600 * p).square() / (600 * p))[~few].sum() < 25, (n, 600 * p)  # chi-square, at most 5: p < .001
+    a, b, c = (rnn.sample(model, 20, "f", 1.0, seed) for seed in (1, 1, 2))
+    assert a == b != c
+    assert rnn.sample(model, 5)[-5:] == rnn.sample(model, 5, "a")[1:]
+    assert "'z'" in refusal(rnn.sample, model, 5, "az")
+    assert rnn.to_ids("ef😀", model.chars).tolist() == [2, 3, 5]
+
+def test_rnn_lag():
+    """dL/dh_t by lag is what autograd finds when it may keep every h_t; the picture shows both lines."""
+    ids = torch.randint(6, (90,), generator=torch.Generator().manual_seed(2))
+    for cell in rnn.CELLS:
+        model = small_rnn(cell).double()
+        got, total = rnn.lag_norms(model, ids, 8, 4), 0
+        for start in torch.linspace(0, 90 - 17, 4).long().tolist():
+            x, state = ids[start : start + 17], model.start(1)
+            _, state = model(x[:8].view(-1, 1), state)
+            h, c, kept = state[0], state[-1], []
+            for t in range(8, 16):
+                a = model.embedding[x[t]] @ model.w_ih + model.b + h @ model.w_hh
+                h, c = plain_cell(cell, a, h, c)
+                kept.append(h)
+            loss = F.cross_entropy(model.out(h), x[16:])
+            grads = torch.autograd.grad(loss, kept)
+            total = total + torch.stack([g.norm() for g in grads]).flip(0)
+        torch.testing.assert_close(got, total / total[0], rtol=1e-8, atol=1e-12)
+    image = np.array(rnn.plot_lags({"one": torch.logspace(0, -6, 50), "two": torch.ones(50)}))
+    red = np.argwhere((image == (0xC0, 0x39, 0x2B)).all(2))
+    blue = np.argwhere((image == (0x24, 0x71, 0xA3)).all(2) & (np.arange(440) > 30)[:, None])
+    red = red[red[:, 0] > 30]
+    assert np.ptp(blue[:, 0]) < 4 and red[red[:, 1].argmax(), 0] - red[red[:, 1].argmin(), 0] > 200
+
+def test_rnn_learns():
+    """What hangs on the letter before the last two is learned; all that follows by rule costs next to nothing."""
+    coins = torch.randint(2, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = "".join("a..1x" if coin else "b..1y" for coin in coins)
+    for cell in rnn.CELLS:
+        model = rnn.train(text, 300, 8, 15, 2e-2, cell, 24, 0.0)
+        nats = rnn.evaluate(model, rnn.to_ids(text, model.chars), len(text) * 9 // 10, 2, 20)
+        assert 0.13 < nats < 0.15, (cell, nats)  # a fair coin in each five letters is log(2) / 5 = 0.139, two are 0.277
+
+def test_rnn_dropout():
+    """A mask is the same at all times of a chunk, keeps the mean, and is off when the network is not in training."""
+    model, x = small_rnn(width=40, dropout=0.25), torch.randint(6, (4, 50))
+    model.out = nn.Identity()
+    plain, _ = model(x, model.start(50))
+    plain = plain.clone()
+    model.train()
+    masked, _ = model(x, model.start(50))
+    share = masked / plain
+    assert torch.allclose(share, share[:1].expand_as(share), atol=1e-4) and abs(share.mean() - 1) < 0.05
+    assert abs((masked == 0).float().mean() - 0.25) < 0.03
+
+def test_rnn_command():
+    """The figures it prints are those of the checkpoint; other flags only sample; what cannot be is refused."""
+    with workdir() as here:
+        words = command(rnn, **inputs(here), iters=130, samples=40)
+        status, out, err = call(rnn, words)
+        assert (status, err) == (0, "") and sorted(os.listdir("run")) == [
+            "lag.png", "log.csv", "model.pt", "other", "samples.txt"]
+        text, model = (here / "words.txt").read_text(), rnn.load("run/model.pt")
+        assert rnn.load("run/other/model.pt").cell == "rnn" and model.cell == "lstm"
+        nats = rnn.evaluate(model, rnn.to_ids(text, model.chars), len(text) * 9 // 10)
+        assert f"{nats:.4f} nats = {nats / math.log(2):.4f} bits" in out, out
+        assert (here / "run/samples.txt").read_text("utf-8") == rnn.sample(model, 40)
+        with mock.patch.object(rnn.F, "cross_entropy", side_effect=F.cross_entropy) as bets:
+            status, out, err = call(rnn, [*words, "--prompt", "the c", "--temperature", "0"])
+        assert status == 0 and bets.call_count < 10 and rnn.sample(model, 40, "the c", 0) in out
+        (here / "odd.txt").write_text("日本語のテキスト😀。\n" * 200, "utf-8")
+        assert call(rnn, command(rnn, text="odd.txt", out="odd"))[0] == 0
+        assert "日" in rnn.load("odd/model.pt").chars
+        wrong = [refused(rnn, [*words, *flags], say, here) for flags, say in [
+            (["--prompt", "Z"], "'Z'"), (["--temperature", "-1"], "temperature"), (["--dropout", "1"], "dropout"),
+            (["--temperature", "nan"], "temperature"), (["--cell", "gru"], "cell"),
+            (["--batch", "4000", "--out", "new"], "too few"), (["--length", "5"], "length 32, not 5.*--fresh"),
+            (["--text", "odd.txt"], "text .*--fresh")]]
+        assert not any(wrong), wrong
 
 # -------------------------------------------------------------------------------------- training, several files -----
 def at_steps(loss, table):

@@ -296,11 +296,10 @@ def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",))
 
 def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
+    raw = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(raw, map_location=device, weights_only=True)
         method, had, _ = state["method"], state["settings"], state["parts"][2]
-    except OSError:
-        raise
     except Exception as e:  # torch.load's own are many: zip, pickle, struct, runtime, key, type
         raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(e).__name__})") from None
     if method not in methods:
