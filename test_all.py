@@ -4044,8 +4044,8 @@ def plain_objective(model, v, u, window, centres, around, k, p):
     return total
 
 def test_word2vec_gradient():
-    """sgd_step() moves v and u by autograd's gradient of the plain objective: exactly, for the negatives that were drawn,
-    and in the mean over all that could be drawn."""
+    """sgd_step() moves v and u by autograd's gradient of the plain objective: exactly, for the negatives that were
+    drawn, and in the mean over all that could be drawn."""
     g = torch.Generator().manual_seed(0)
     V, d, L, R, S, k = 12, 5, 6, 2, 3, 4
     for model in "skipgram", "cbow", "skipgram", "cbow":
@@ -4237,7 +4237,7 @@ def test_word2vec_command():
 
 def test_word2vec_stop_and_resume():
     """Stopped within an epoch, the same command ends with the very vectors and log of a run that was never stopped."""
-    real, clock = word2vec.sgd_step, itertools.count(0, 100)
+    real, clock = word2vec.draw_blocks, itertools.count(0, 100)
 
     def stopping(*args):
         if next(calls) == 0:
@@ -4246,15 +4246,15 @@ def test_word2vec_stop_and_resume():
 
     with workdir() as here:
         (here / "text").write_text(topics(200))
-        words = ["--text", "text", "--dim", "7", "--batch", "200", "--epochs", "2", "--out"]
+        words = ["--text", "text", "--dim", "7", "--batch", "16", "--epochs", "2", "--out"]
         assert call(word2vec, [*words, "whole"])[0] == 0
-        for n in 5, 15:
+        for n in 4, 10:
             calls = iter(range(n, -1, -1))
             hurry = mock.patch.object(word2vec.time, "time", lambda: next(clock))  # it saves after each step
-            with mock.patch.object(word2vec, "sgd_step", stopping), hurry:
+            with mock.patch.object(word2vec, "draw_blocks", stopping), hurry:
                 status, _, err = call(word2vec, [*words, "run", *["--fresh"][: n == 9]])
             assert status == 130 and "goes on" in err, (status, err)
-        assert torch.load("run/model.pt", weights_only=True)["done"] == 20  # of 13 + 13: an epoch and more
+        assert torch.load("run/model.pt", weights_only=True)["done"] == 14  # of 10 + 10: an epoch and more
         assert call(word2vec, [*words, "run"])[0] == 0
         assert not (differ := [name for name in changed(snapshot(here / "whole"), snapshot(here / "run"))
                                if name != "model.pt"]), differ

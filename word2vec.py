@@ -64,6 +64,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # --------------------------------------------------------------------------------------------------------- method -----
 BLOCK, SHARED = 32, 48  # L and S
+AT_ONCE = 16  # steps for which the text is read and windows and negatives are drawn at once
 
 def keep_chance(counts, t):
     """How likely a word is to stay each time that it stands in the text, counts (V,) -> (V,). t = 0 keeps all."""
@@ -352,7 +353,7 @@ def fast_products(device):
     finally:
         torch.set_float32_matmul_precision(had)
 
-def train(text="docstrings", epochs=5, batch=1024, lr=0.025, dim=100, window=5, negative=5, sample=1e-3, min_count=5,
+def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, negative=5, sample=1e-3, min_count=5,
           model="skipgram", device="cpu", seed=0, path=None, fresh=False):
     """Learns the words of a file, or of "docstrings" -> Vectors. Seeds torch's global generator.
 
@@ -371,33 +372,33 @@ def train(text="docstrings", epochs=5, batch=1024, lr=0.025, dim=100, window=5, 
         done, log = resume(path, parts, load_checkpoint(path, ["word2vec"], device, wanted))
     counts = torch.tensor([*counts.values()], dtype=torch.float32)
     keep, table = keep_chance(counts, sample), negative_table(counts)
-    batch = min(batch, max(BLOCK, int(16 * counts.sum() / (counts * keep).max())))
-    steps = -(-len(ids) // batch)
-    progress, saved, (begun, first) = Progress("step", "words", epochs * steps, done), time.time(), (time.time(), done)
-    with fast_products(device):
-        for i in range(done, epochs * steps):
-            at, rate = i % steps * batch, lr * max(1 - i / (epochs * steps), 1e-4)  # (9)
-            blocks = draw_blocks(torch.from_numpy(np.array(ids[at : at + batch])), keep, table, window)
-            with torch.no_grad():
-                blocks = [part.to(device, non_blocking=True) for part in blocks]
-                objective = sgd_step(vectors.table, outside.table, blocks, negative, rate, model)
-                if i % 16 == 0 or i + 1 == steps:  # for the loss a step in 16 is enough
-                    pairs = blocks[3].sum() if model == "skipgram" else blocks[3].amax(2).sum()
-                    tally.l += torch.stack([-objective(), pairs])
-            if (i + 1) % steps == 0:
-                log.append(((i + 1) // steps, (tally.l[0] / tally.l[1].clamp(min=1)).item()))
+    stay = counts * keep
+    blocks_a_step = max(1, int(min(batch, 16 * stay.sum() / stay.max())) // BLOCK)
+    reads = -(-len(ids) // (batch * AT_ONCE))  # in an epoch
+    progress, saved, (begun, first) = Progress("part", "words", epochs * reads, done), time.time(), (time.time(), done)
+    with fast_products(device), torch.no_grad():
+        for i in range(done, epochs * reads):
+            at, rate = i % reads * batch * AT_ONCE, lr * max(1 - i / (epochs * reads), 1e-4)  # (9)
+            blocks = draw_blocks(torch.from_numpy(np.array(ids[at : at + batch * AT_ONCE])), keep, table, window)
+            blocks = [part.to(device, non_blocking=True).split(blocks_a_step) for part in blocks]
+            for step in zip(*blocks):
+                objective = sgd_step(vectors.table, outside.table, step, negative, rate, model)
+            pairs = step[3].sum() if model == "skipgram" else step[3].amax(2).sum()
+            tally.l += torch.stack([-objective(), pairs])  # the loss is that of the last of these steps
+            if (i + 1) % reads == 0:
+                log.append(((i + 1) // reads, (tally.l[0] / tally.l[1].clamp(min=1)).item()))
                 tally.l.zero_()
                 if not (math.isfinite(log[-1][1]) and vectors.table.isfinite().all()):
                     hint = "try a smaller --lr or --batch"
                     raise FloatingPointError(f"the loss is {log[-1][1]} after iteration {i + 1}; {hint}")
-                speed = (i + 1 - first) * len(ids) / steps / (time.time() - begun)
+                speed = (i + 1 - first) * len(ids) / reads / (time.time() - begun)
                 line = f"epoch {log[-1][0]} of {epochs}: loss {log[-1][1]:.4f}, {speed:,.0f} words/s"
                 print(f"{line:<79}", flush=True)
                 begun, first = time.time(), i + 1
-            if path and (i + 1 == epochs * steps or time.time() - saved > 10):
+            if path and (i + 1 == epochs * reads or time.time() - saved > 10):
                 save_checkpoint(path, "word2vec", wanted, parts, i + 1, log)
                 saved = time.time()
-            progress(i + 1, len(ids) / steps, f"loss {log[-1][1]:.4f}" if log else "")
+            progress(i + 1, len(ids) / reads, f"loss {log[-1][1]:.4f}" if log else "")
     return vectors
 
 def load(path, device="cpu"):
@@ -435,7 +436,7 @@ def word_parser(doc, name, train):
     add, default = parser.add_argument, inspect.signature(train).parameters
     add("--text", default="docstrings", help="docstrings (of the standard library), or a file in UTF-8")
     for flag, least, what in (
-            ("epochs", 1, "times that the text is read"), ("batch", 1, "words of the text in a step"),
+            ("epochs", 1, "times that the text is read"), ("batch", 1, "words in a step, after subsampling"),
             ("dim", 2, "d, numbers in a vector"), ("window", 1, "R, words each way"),
             ("negative", 1, "k, negatives for each pair"), ("min-count", 1, "rarer words are left out")):
         add("--" + flag, type=at_least(least), default=default[flag.replace("-", "_")].default, help=what)
