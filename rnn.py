@@ -61,7 +61,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 # --------------------------------------------------------------------------------------------------------- method -----
-# All of these take time first: (T, N, ...). new(name, *shape) gives a tensor to write to; see Memory.
+# All of these take time first: (T, N, ...). new(name, *shape) gives a tensor to write to; see Memory. w_hh may be in
+# bfloat16 where all else is in float32: then its products are too, and their sums are not.
+def add_product(out, a, w):
+    """out += a w in place -> out."""
+    return torch.addmm(out, a, w, out=out) if a.dtype == w.dtype else out.add_(a.to(w.dtype) @ w)
+
 def rnn_forward(table, x, w_hh, state, new):
     """table (V, H), x (T, N) ids, state (1, N, H): h_0 -> (h,), h (T + 1, N, H)."""
     (T, N), H = x.shape, len(w_hh)
@@ -70,7 +75,7 @@ def rnn_forward(table, x, w_hh, state, new):
     torch.index_select(2 * table, 0, x.flatten(), out=h[1:].view(T * N, H))
     twice = 2 * w_hh
     for last, now in zip(h, h[1:]):
-        torch.addmm(now, last, twice, out=now).sigmoid_().mul_(2).sub_(1)  # (1)
+        add_product(now, last, twice).sigmoid_().mul_(2).sub_(1)  # (1)
     return (h,)
 
 def rnn_backward(d_h, w_hh, saved, new):
@@ -80,8 +85,8 @@ def rnn_backward(d_h, w_hh, saved, new):
     for t in range(len(d_h) - 1, -1, -1):
         delta[t].mul_(d_h[t])  # (4)
         if t:
-            d_h[t - 1].addmm_(delta[t], back)  # (3)
-    return delta, (delta[0] @ back)[None]
+            add_product(d_h[t - 1], delta[t], back)  # (3)
+    return delta, add_product(torch.zeros_like(d_h[0]), delta[0], back)[None]
 
 def lstm_forward(table, x, w_hh, state, new):
     """table (V, 4 H), x (T, N) ids, state (2, N, H): h_0 and c_0 -> h, c (T + 1, N, H), s, u."""
@@ -91,9 +96,9 @@ def lstm_forward(table, x, w_hh, state, new):
     double = torch.ones(4, H, device=table.device, dtype=table.dtype)
     double[2] = 2
     torch.index_select(table * double.view(-1), 0, x.flatten(), out=s.view(T * N, 4 * H))
-    w = w_hh * double.view(-1)
+    w = w_hh * double.view(-1).to(w_hh.dtype)
     for a, i, f, g, o, h_0, h_1, c_0, c_1, u_1 in zip(s, *gates(s), h, h[1:], c, c[1:], u):
-        torch.addmm(a, h_0, w, out=a).sigmoid_()  # (6)
+        add_product(a, h_0, w).sigmoid_()  # (6)
         torch.mul(f, c_0, out=c_1).addcmul_(i, g, value=2).sub_(i)  # (9)
         torch.mul(c_1, 2, out=u_1).sigmoid_()
         torch.mul(o, u_1, out=h_1).mul_(2).sub_(o)  # (9)
@@ -116,8 +121,8 @@ def lstm_backward(d_h, w_hh, saved, new):
         delta_t.mul_(torch.addcmul(a, a, a, value=-1, out=slope))
         d_c.mul_(f)  # (7)
         if t:
-            d_h[t - 1].addmm_(delta_t, back)  # (3)
-    return delta, torch.stack([delta[0] @ back, d_c])
+            add_product(d_h[t - 1], delta_t, back)  # (3)
+    return delta, torch.stack([add_product(torch.zeros_like(d_c), delta[0], back), d_c])
 
 def gates(s):
     """(T, N, 4 H) -> the four (T, N, H) in it."""
@@ -133,27 +138,28 @@ class Unroll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell, new, table, x, w_hh, state):
-        ctx.cell, ctx.new, ctx.rows = cell, new, len(table)
-        saved = CELLS[cell][0](table, x, w_hh, state, new)
-        ctx.save_for_backward(x, w_hh, *saved)
+        ctx.cell, ctx.new, ctx.rows, w = cell, new, len(table), w_hh.to(new.products)
+        saved = CELLS[cell][0](table, x, w, state, new)
+        ctx.save_for_backward(x, w, *saved)
         last = torch.stack([values[-1] for values in saved[: len(state)]])
         ctx.mark_non_differentiable(last)
         return saved[0][1:], last
 
     @staticmethod
     def backward(ctx, *grads):
-        x, w_hh, *saved = ctx.saved_tensors
-        delta, d_state = CELLS[ctx.cell][1](ctx.new("d_h", *grads[0].shape).copy_(grads[0]), w_hh, saved, ctx.new)
-        d_w = saved[0][:-1].flatten(0, 1).t() @ delta.flatten(0, 1)  # (5)
+        x, w, *saved = ctx.saved_tensors
+        delta, d_state = CELLS[ctx.cell][1](ctx.new("d_h", *grads[0].shape).copy_(grads[0]), w, saved, ctx.new)
+        d_w = saved[0][:-1].flatten(0, 1).to(w.dtype).t() @ delta.flatten(0, 1).to(w.dtype)  # (5)
         d_table = delta.new_zeros(ctx.rows, delta.shape[2]).index_add_(0, x.flatten(), delta.flatten(0, 1))  # (5)
-        return None, None, d_table, None, d_w, d_state
+        return None, None, d_table, None, d_w.to(d_table.dtype), d_state
 
 class Memory(dict):
     """Gives out the same tensor again and again: fresh memory would cost more than what is computed in it. What lies
-    there is gone with the next call, which autograd notices: a backward() after a second forward is a RuntimeError."""
+    there is gone with the next call, which autograd notices: a backward() after a second forward is a RuntimeError.
+    products: the type in which W_hh is multiplied."""
 
-    def __init__(self, like):
-        self.like = like
+    def __init__(self, like, products=None):
+        self.like, self.products = like, products or like.dtype
 
     def __call__(self, name, *shape):
         if (name, shape) not in self:
@@ -175,6 +181,7 @@ class CharRNN(nn.Module):
         if cell == "lstm":
             self.b.data[width : 2 * width] = 1  # f starts open
         self.out = nn.Linear(width, len(chars))
+        self.products = None  # the type in which W_hh is multiplied, if not its own; see fast_products()
         self.memory = None  # made in the first pass, so copy.deepcopy() before it copies the weights alone
 
     def start(self, n):
@@ -185,7 +192,7 @@ class CharRNN(nn.Module):
         """x (T, N) ids, state -> logits (T, N, V) of the next letter, and the state to carry on, without gradient."""
         table = torch.addmm(self.b, self.embedding, self.w_ih)
         if self.memory is None or self.memory.like.device != table.device:
-            self.memory = Memory(table.detach())
+            self.memory = Memory(table.detach(), self.products)
         h, state = Unroll.apply(self.cell, self.memory, table, x, self.w_hh, state)
         if self.training and self.dropout:
             h = h * (torch.rand_like(h[0]) >= self.dropout) / (1 - self.dropout)  # one mask for all T
@@ -344,15 +351,13 @@ def to_ids(text, chars):
         raise ValueError(f"the letter {chr(strange[0])!r} is not in the text that this network has learned from")
     return torch.from_numpy(place)
 
-@contextlib.contextmanager
 def fast_products(device):
-    """On a CPU with bfloat16, products of float32 by parts of bfloat16, twice as fast: errors of 1e-6 (torch 2.13)."""
-    had = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if torch.device(device).type == "cpu" else had)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(had)
+    """The type in which products are fastest: bfloat16, 8 bits of a number, where the processor multiplies it."""
+    if torch.device(device).type == "cpu":  # older torch cannot tell
+        fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    else:
+        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 def train(text, iters=5500, batch=64, length=32, lr=4e-3, cell="lstm", width=512, dropout=0.4, device="cpu", seed=0,
           path=None, fresh=False):
@@ -373,6 +378,7 @@ def train(text, iters=5500, batch=64, length=32, lr=4e-3, cell="lstm", width=512
     model = CharRNN(chars, cell, width, dropout=dropout).to(device)
     average, carry = copy.deepcopy(model).requires_grad_(False).eval(), nn.Module()
     carry.register_buffer("state", model.start(batch))
+    model.products = fast_products(device)
     fused = torch.device(device).type != "mps"
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=fused)
     parts, done, log = (model, average, opt, carry), 0, []
@@ -381,35 +387,34 @@ def train(text, iters=5500, batch=64, length=32, lr=4e-3, cell="lstm", width=512
         for group in opt.param_groups:
             group["fused"] &= fused
     progress, total, saved = Progress("iteration", "letters", iters, done), torch.zeros((), device=device), time.time()
-    with fast_products(device):
-        for i in range(done, iters):
-            at = i * length % each
-            if at == 0 or i == done:  # an epoch begins: the text is a ring, cut open elsewhere
-                g = torch.Generator().manual_seed(seed + i * length // each)
-                first = int(torch.randint(len(ids), (1,), generator=g))
-                streams = ids.roll(-first)[: len(ids) // batch * batch].view(batch, -1).t()  # (letters, N)
-            if at == 0:
-                carry.state = model.start(batch)
-            opt.param_groups[0]["lr"] = lr * min((i + 1) / 100, 1 - i / iters)
-            logits, carry.state = model(streams[at : at + length], carry.state)  # (10)
-            loss = F.cross_entropy(logits.flatten(0, 1), streams[at + 1 : at + length + 1].flatten())  # (2)
-            opt.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step()
-            memory = min(0.998, (1 + i) / (10 + i))  # short while the weights still move fast
-            for a, p in zip(average.parameters(), model.parameters()):
-                a.lerp_(p.detach(), 1 - memory)
-            total += loss.detach()
-            if (i + 1) % 100 == 0 or i + 1 == iters:
-                log.append((i + 1, total.item() / (i % 100 + 1)))  # the only place where the device is waited for
-                total.zero_()
-                if not math.isfinite(log[-1][1]):
-                    raise FloatingPointError(f"the loss is {log[-1][1]} at iteration {i + 1}; try a smaller --lr")
-                if path and (i + 1 == iters or time.time() - saved > 10):
-                    save_checkpoint(path, "rnn", wanted, parts, i + 1, log)
-                    saved = time.time()
-            progress(i + 1, batch * length, f"loss {log[-1][1]:.3f} nats" if log else "")
+    for i in range(done, iters):
+        at = i * length % each
+        if at == 0 or i == done:  # an epoch begins: the text is a ring, cut open elsewhere
+            g = torch.Generator().manual_seed(seed + i * length // each)
+            first = int(torch.randint(len(ids), (1,), generator=g))
+            streams = ids.roll(-first)[: len(ids) // batch * batch].view(batch, -1).t()  # (letters, N)
+        if at == 0:
+            carry.state = model.start(batch)
+        opt.param_groups[0]["lr"] = lr * min((i + 1) / 100, 1 - i / iters)
+        logits, carry.state = model(streams[at : at + length], carry.state)  # (10)
+        loss = F.cross_entropy(logits.flatten(0, 1), streams[at + 1 : at + length + 1].flatten())  # (2)
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        memory = min(0.998, (1 + i) / (10 + i))  # short while the weights still move fast
+        for a, p in zip(average.parameters(), model.parameters()):
+            a.lerp_(p.detach(), 1 - memory)
+        total += loss.detach()
+        if (i + 1) % 100 == 0 or i + 1 == iters:
+            log.append((i + 1, total.item() / (i % 100 + 1)))  # the only place where the device is waited for
+            total.zero_()
+            if not math.isfinite(log[-1][1]):
+                raise FloatingPointError(f"the loss is {log[-1][1]} at iteration {i + 1}; try a smaller --lr")
+            if path and (i + 1 == iters or time.time() - saved > 10):
+                save_checkpoint(path, "rnn", wanted, parts, i + 1, log)
+                saved = time.time()
+        progress(i + 1, batch * length, f"loss {log[-1][1]:.3f} nats" if log else "")
     return average
 
 def load(path, device="cpu"):

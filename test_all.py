@@ -4067,6 +4067,18 @@ def test_word2vec_gradient():
         want, _ = plain_gradient(tables, (centres, around, p.expand(2, V), window), k, model)
         torch.testing.assert_close(mean, want, rtol=1e-9, atol=1e-9)
 
+def test_word2vec_products():
+    """Products in bfloat16 move the tables as those of float32 do, up to its 8 bits."""
+    raw, counts = torch.randint(50, (400,)).int(), torch.ones(50)
+    blocks = word2vec.draw_blocks(raw, torch.ones(50), word2vec.negative_table(counts, 1000), 3)
+    for model in "skipgram", "cbow":
+        steps = []
+        for products in torch.float32, torch.bfloat16:
+            v, u = (torch.randn(50, 20, generator=torch.Generator().manual_seed(i)) for i in range(2))
+            word2vec.sgd_step(new_v := v.clone(), new_u := u.clone(), blocks, 5, 1.0, model, products)
+            steps.append(torch.stack([new_v - v, new_u - u]))
+        assert 1e-5 < (steps[1] - steps[0]).norm() / steps[0].norm() < 2**-7, model
+
 def moved(tables, blocks, k, model):
     """By how much sgd_step() moves the tables at a rate of 1, and its objective."""
     new = tables.clone()
@@ -4294,6 +4306,22 @@ def test_rnn_gradients():
         end = torch.stack([h_t, c_t][: len(state)])
         for a, b in [(h, torch.stack(want)), (last, end), *zip(got, grads)]:
             assert (a - b).abs().max() <= most * max(1, b.abs().max()), (cell, T, dtype, (a - b).abs().max())
+
+def test_rnn_products():
+    """Products of W_hh in bfloat16: values and gradients of float32 up to its 8 bits, kept in float32; and no less."""
+    for cell, T in itertools.product(rnn.CELLS, (1, 20)):
+        results = []
+        for products in torch.float32, torch.bfloat16:
+            _, new, table, x, w_hh, state = unrolled(cell, T, N=16, H=32, dtype=torch.float32, seed=T)
+            w_hh.data /= 6
+            h, last = rnn.Unroll.apply(cell, rnn.Memory(table.detach(), products), table, x, w_hh, state)
+            results.append([h, last, *torch.autograd.grad(h.square().sum(), (table, w_hh, state))])
+        for a, b in zip(*results):
+            assert a.dtype == b.dtype == torch.float32
+            assert 1e-5 < (a - b).norm() / a.norm() < 2**-7, (cell, T, (a - b).norm() / a.norm())
+    for capable in False, True:
+        with mock.patch.object(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, create=True):
+            assert rnn.fast_products("cpu") is (torch.bfloat16 if capable else torch.float32)
 
 def test_rnn_torch_nn():
     """With the weights of torch.nn.RNN and torch.nn.LSTM: their outputs, last states and gradients."""

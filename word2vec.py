@@ -125,15 +125,18 @@ def cbow(x, y, window, k):
     return M.mT @ d_h, torch.cat([G * h, G_n.mT @ h], 1), lambda: (
         (there * F.logsigmoid(near)).sum() + (weight * F.logsigmoid(-far)).sum())
 
-def sgd_step(v, u, blocks, k, rate, model):
-    """Moves the tables v and u by the gradients of some blocks -> a function that gives l of these, summed."""
+def sgd_step(v, u, blocks, k, rate, model, products=None):
+    """Moves the tables v and u by the gradients of some blocks -> a function that gives l of these, summed.
+
+    products: the type in which scores and gradients are formed, if it is not that of the tables."""
     centres, around, negatives, window = blocks
     i, j = (centres, around) if model == "skipgram" else (around, centres)
     j = torch.cat([j, negatives], 1)
-    d_x, d_y, objective = (skip_gram if model == "skipgram" else cbow)(F.embedding(i, v), F.embedding(j, u), window, k)
+    x, y = (F.embedding(rows, table).to(products or table.dtype) for rows, table in ((i, v), (j, u)))
+    d_x, d_y, objective = (skip_gram if model == "skipgram" else cbow)(x, y, window.to(x.dtype), k)
     for table, rows, d in (v, i, d_x), (u, j, d_y):
         rows = rows.reshape(-1, 1).long().expand(-1, table.shape[1])
-        table.scatter_add_(0, rows, d.flatten(0, 1).mul_(rate))  # (9)
+        table.scatter_add_(0, rows, d.flatten(0, 1).to(table.dtype).mul_(rate))  # (9)
     return objective
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
@@ -343,15 +346,13 @@ def analogy(vectors, a, b, c, n=4):
     v = vectors.unit([a, b, c])
     return closest(vectors, v[1] - v[0] + v[2], n, [a, b, c])  # (10)
 
-@contextlib.contextmanager
 def fast_products(device):
-    """On a CPU with bfloat16, products of float32 by parts of bfloat16, twice as fast: errors of 1e-6 (torch 2.13)."""
-    had = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if torch.device(device).type == "cpu" else had)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(had)
+    """The type in which products are fastest: bfloat16, 8 bits of a number, where the processor multiplies it."""
+    if torch.device(device).type == "cpu":  # older torch cannot tell
+        fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    else:
+        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, negative=5, sample=1e-3, min_count=5,
           model="skipgram", device="cpu", seed=0, path=None, fresh=False):
@@ -373,16 +374,16 @@ def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, n
     counts = torch.tensor([*counts.values()], dtype=torch.float32)
     keep, table = keep_chance(counts, sample), negative_table(counts)
     stay = counts * keep
-    blocks_a_step = max(1, int(min(batch, 16 * stay.sum() / stay.max())) // BLOCK)
+    products, blocks_a_step = fast_products(device), max(1, int(min(batch, 16 * stay.sum() / stay.max())) // BLOCK)
     reads = -(-len(ids) // (batch * AT_ONCE))  # in an epoch
     progress, saved, (begun, first) = Progress("part", "words", epochs * reads, done), time.time(), (time.time(), done)
-    with fast_products(device), torch.no_grad():
+    with torch.no_grad():
         for i in range(done, epochs * reads):
             at, rate = i % reads * batch * AT_ONCE, lr * max(1 - i / (epochs * reads), 1e-4)  # (9)
             blocks = draw_blocks(torch.from_numpy(np.array(ids[at : at + batch * AT_ONCE])), keep, table, window)
             blocks = [part.to(device, non_blocking=True).split(blocks_a_step) for part in blocks]
             for step in zip(*blocks):
-                objective = sgd_step(vectors.table, outside.table, step, negative, rate, model)
+                objective = sgd_step(vectors.table, outside.table, step, negative, rate, model, products)
             pairs = step[3].sum() if model == "skipgram" else step[3].amax(2).sum()
             tally.l += torch.stack([-objective(), pairs])  # the loss is that of the last of these steps
             if (i + 1) % reads == 0:
