@@ -27,7 +27,7 @@ row i of W has zeros from column i on. So a mask on W makes one network give all
 for a matrix with zeros on and above the diagonal, times others with zeros above it, is again of the first kind. As the
 x_i are known in training, one pass answers all D questions. A convolution is such a W: its mask keeps the rows above
 and, in the pixel's own row, what is to the left. At the pixel itself its channels are of one colour each, in order, and
-  (4) colour c sees the colours c' < c (mask A) or c' <= c (mask B): R none, G sees R, B sees R and G
+  (4) colour c sees the colours c' < c (mask A) or c' <= c (mask B): R none, G sees R, B sees R and G                [2]
 But masks leave a blind spot. A kernel of 3x3 sees one column to the right of x in the      # # # # # # #
 row above, two layers two columns two rows up, and so on. However many there are, x         # # # # # # o
 never sees an o: at the pixel (14, 14) of 28x28 these are 78 of the 406 pixels before       # # # # # o o
@@ -117,16 +117,16 @@ def sample_cached(model, u, x=None, first=0):
     """What sample_plain() draws, with one row of the vertical stack for each row, and one column of the horizontal
     stack for each number. Sums are rounded otherwise: a number would differ if u were within 1e-7 of a limit in (9)."""
     x = torch.zeros_like(u, dtype=torch.long) if x is None else x.clone()
-    past = model.start(u)
-    above = torch.zeros_like(u[:, :, :1])  # the row before, (N, C, 1, W)
+    past, seen = model.start(u), from_levels(x, model.levels)
     for i in range(u.shape[2]):
+        above = seen[:, :, i - 1 : i] if i else torch.zeros_like(seen[:, :, :1])  # the row before, (N, C, 1, W)
         v = model.vertical(above, i, past)  # (N, F, 1, W)
         for j in range(u.shape[3] if i >= first else 0):
-            for c in range(u.shape[1]):
-                h = from_levels(x[:, :, i, j], model.levels)  # (N, C), of which mask A hides what is not drawn yet
-                x[:, c, i, j] = draw(model.horizontal(h, v[:, :, 0, j], (j, past))[:, :, c], u[:, c, i, j])  # (9)
-            model.left(from_levels(x[:, :, i, j], model.levels), (j, past))  # now drawn, for the columns to come
-        above = from_levels(x[:, :, i : i + 1], model.levels)
+            for c in range(u.shape[1]):  # mask A hides what of the pixel is not drawn yet
+                logits = model.horizontal(seen[:, :, i, j], v[:, :, 0, j], (j, past))[:, :, c]  # (N, K)
+                x[:, c, i, j] = draw(logits, u[:, c, i, j])  # (9)
+                seen[:, c, i, j] = from_levels(x[:, c, i, j], model.levels)
+            model.left(seen[:, :, i, j], (j, past))  # now drawn, for the columns to come
     return x
 
 def reach(model, x, i, j):
@@ -538,6 +538,7 @@ def load(path, device="cpu"):
 def image_nats(model, images, device="cpu", chunk=100):
     """-log p(x) of each of the uint8 images (N, C, H, W), in nats, (N,), their levels drawn always alike."""
     generator = torch.Generator().manual_seed(0)
+    chunk = max(1, min(chunk, 2**24 // (model.levels * images[0].numel())))  # of logits no more than 64 MB at once
     parts = to_levels(images, model.levels, generator).split(chunk)
     return torch.cat([-log_prob(model, x.to(device)) for x in parts])
 
