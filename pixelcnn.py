@@ -84,7 +84,7 @@ def loss_nats(model, x):
     """What training makes small: the mean of -log p(x), nats an image."""
     return -log_prob(model, x).mean()  # (6)
 
-def bits_per_dim(nats, dims):
+def to_bits(nats, dims):
     """-log p(x) in nats of images of so many numbers -> bits for each number."""
     return nats / (dims * math.log(2))  # (8)
 
@@ -475,7 +475,7 @@ def half_products(device):
     have = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # younger than torch 2.4
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.device(device).type == "cpu" and have())
 
-def train(images, iters=4000, batch=16, lr=1e-2, levels=2, width=32, layers=5, device="cpu", seed=0, path=None,
+def train(images, iters=3000, batch=16, lr=1e-2, levels=2, width=32, layers=5, device="cpu", seed=0, path=None,
           fresh=False, compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged model, ready to sample. Seeds torch's global generator.
 
@@ -597,7 +597,7 @@ def main(argv=None):
             nats = image_nats(model, part, device).cpu().double()  # no float64 on mps
             mean, error = nats.mean().item(), nats.std(correction=0).item() / len(nats) ** 0.5
             print(f"{len(nats)} {name} images: -log p(x) {mean:.2f} +- {error:.2f} nats an image = "
-                  f"{bits_per_dim(mean, math.prod(model.shape)):.4f} bits/dim")
+                  f"{to_bits(mean, math.prod(model.shape)):.4f} bits/dim")
         if args.plain:
             start = time.perf_counter()
             other = sample(model, args.samples, args.seed, device, 16, sample_plain).cpu()

@@ -4575,7 +4575,7 @@ def test_pixelcnn_log_prob_by_hand():
          .sum((1, 2, 3)), 1e-12)
     for K in 2, 7, 256:
         nats = -pixelcnn.log_prob(lambda x, K=K: torch.zeros(len(x), K, 3, 2, 2), torch.zeros(2, 3, 2, 2))
-        near(pixelcnn.bits_per_dim(nats, 12), math.log2(K), 1e-6)
+        near(pixelcnn.to_bits(nats, 12), math.log2(K), 1e-6)
 
 def test_pixelcnn_levels():
     """(7): two levels by chance, k as often as k / 255, others by equal shares of the bytes; -1 .. 1 to show them."""
