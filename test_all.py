@@ -4589,6 +4589,8 @@ def test_pixelcnn_levels():
         assert x.dtype == torch.int64 and set(x.unique().tolist()) == {0, 1}
         near((x.double().mean(0) - p) / ((p * (1 - p) / n).sqrt() + 1e-9), 0, 5)
     assert not torch.equal(pixelcnn.to_levels(bytes_, 2), pixelcnn.to_levels(bytes_, 2))
+    with mock.patch.object(torch, "rand", lambda *_, **__: torch.zeros(256)):
+        assert pixelcnn.to_levels(bytes_, 2).tolist() == [0] + [1] * 255  # black is never white, whatever is drawn
     near(pixelcnn.from_levels(torch.arange(5), 5), [-1, -0.5, 0, 0.5, 1])
     assert torch.equal(pixelcnn.to_uint8(pixelcnn.from_levels(bytes_.long(), 256)), bytes_)  # nothing is lost
     for floats in bytes_ / 255, bytes_.long():
@@ -4728,6 +4730,16 @@ def test_pixelcnn_training_learns():
     x = pixelcnn.to_levels(held_out, 2, torch.Generator().manual_seed(0))
     near(pixelcnn.image_nats(model, held_out, chunk=7), -pixelcnn.log_prob(model, x), 1e-4)
     assert (model(x).softmax(1)[:, 1].mean() - x.float().mean()).abs() < 0.1
+
+def test_pixelcnn_half_products():
+    """Convolutions in bfloat16, where there are any, leave the loss in float32 and near what it is without them."""
+    model, x = pixel_model(1, 8, 2, 8, 2), torch.randint(2, (9, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    want = pixelcnn.loss_nats(model, x)
+    for device in "cpu", "cuda":
+        with pixelcnn.half_products(device):
+            got = pixelcnn.loss_nats(model, x)
+        assert got.dtype == torch.float32 and (device == "cpu" or torch.equal(got, want))
+        near(got, want, rtol=0.01)  # 64 numbers, each of three digits
 
 def test_pixelcnn_sample():
     """Chunks and samplers change nothing, seeds do."""
