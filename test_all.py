@@ -4492,6 +4492,345 @@ def test_rnn_command():
             (["--text", "odd.txt"], "text .*--fresh")]]
         assert not any(wrong), wrong
 
+# ------------------------------------------------------------------------------------------------------- pixelcnn -----
+pixelcnn = MODULES["pixelcnn"]
+
+def pixel_model(*shape, seed=0, dtype=torch.float32):
+    """A PixelCNN (channels, size, levels, width, layers) whose weights are as if trained."""
+    return woken(pixelcnn.PixelCNN(*shape), seed).to(dtype).requires_grad_(False).eval()
+
+def all_images(channels, size, levels):
+    """Every image that there is, (levels^D, C, H, W)."""
+    rows = torch.cartesian_prod(*[torch.arange(levels)] * (channels * size * size))
+    return rows.view(-1, channels, size, size)
+
+def looks_at(function, x):
+    """Which inputs each output depends on, x of one image (1, C, H, W) -> bools, the output's shape and (C, H, W)."""
+    return torch.func.jacrev(function)(x)[0, ..., 0, :, :, :] != 0
+
+def test_pixelcnn_mask_by_hand():
+    """(4): R sees nothing of its pixel with mask A, G sees R, B sees R and G; with B each its own, too; all before."""
+    A, B = (pixelcnn.causal_mask(kind, 3, 6, 3, 3) for kind in "AB")
+    assert A.shape == (3, 6, 1, 3) and A[..., :2].all() and B[..., :2].all()
+    assert A[:, :, 0, 2].tolist() == [[0] * 6, [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
+    assert B[:, :, 0, 2].tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1] * 6]
+    A, B = (pixelcnn.causal_mask(kind, 2, 2, 1, 1) for kind in "AB")
+    assert not A.any() and B.all()
+
+def test_pixelcnn_layers_see():
+    """(5): autograd finds each layer of both stacks to look at what it may, at all of that, and at nothing else."""
+    x = normal(1, 6, 5, 7)
+    for kind, k, colours in itertools.product("AB", (1, 2, 4), (1, 2, 3)):
+        seen = looks_at(woken(pixelcnn.Left(kind, 6, 3, k, colours)).double(), x)
+        o, i, j, c, r, s = torch.meshgrid(*map(torch.arange, (3, 5, 7, 6, 5, 7)), indexing="ij")
+        mine, its = o * colours // 3, c * colours // 6
+        here = (its < mine) | (its == mine) & (kind == "B")
+        assert torch.equal(seen, (r == i) & ((0 < j - s) & (j - s < k) | (j == s) & here)), (kind, k, colours)
+    for rows, k in (2, 3), (3, 5), (1, 1):
+        seen = looks_at(woken(pixelcnn.Above(6, 3, rows, k)).double(), x)
+        assert torch.equal(seen, (r <= i) & (i - r < rows) & ((j - s).abs() <= k // 2)), (rows, k)
+
+def test_pixelcnn_sees_all_before_and_nothing_after():
+    """(1), (3): no logit depends on its own number or a later one, and each on all earlier ones in the receptive field,
+    which has no blind spot; reach() and the picture of it agree."""
+    for channels, levels, layers, size in (1, 2, 0, 9), (1, 2, 1, 12), (3, 2, 0, 8), (3, 3, 1, 7), (2, 2, 2, 6):
+        model, any_ = pixel_model(channels, size, levels, 16, layers, dtype=torch.float64), 0
+        for seed in range(4):  # a ReLU may rest for one image
+            x = normal(1, channels, size, size, seed=seed)
+            seen = looks_at(lambda x, model=model: model(x), x)  # (K, C, H, W, C, H, W)
+            any_ = seen.any(0) | any_
+        c, i, j, b, r, s = torch.meshgrid(*map(torch.arange, 2 * (channels, size, size)), indexing="ij")
+        row = (r == i) & (s < j) & (j - s <= 3 + 2 * layers) | (r == i) & (s == j) & (b < c)
+        above = (r < i) & (i - r <= 3 + layers) & (s - j <= 3 + 2 * layers) & (j - s <= 3 + 4 * layers)
+        assert torch.equal(any_, row | above)
+        i, j = size - 2, size // 2
+        share = pixelcnn.reach(model, normal(40, channels, size, size), i, j)
+        assert share.shape == (size, size) and torch.equal(share > 0, any_[:, i, j].any(0).any(0))
+        heat = pixelcnn.heat_map(share, i, j, 1)[0]
+        inside = share > 0
+        inside[i, j] = True
+        assert heat.shape == (3, size, size) and (heat[:, i, j] == 1).all()
+        assert torch.equal(inside, ~torch.isclose(heat, torch.tensor(-0.2).double()).all(0))
+
+def test_pixelcnn_reach():
+    """The sensitivity is the derivative of white against black, its size averaged over images and summed over colours;
+    four decades of it go from black by red to yellow."""
+    a, b = normal(3, 4, 5), normal(5, 3, 4, 5, seed=1)
+    model = lambda x: torch.stack([0 * x, 9 * x, (a * x).sum((1, 2, 3), True) * b * x.sign()], 1)
+    x = normal(5, 3, 4, 5, seed=2)
+    got = pixelcnn.reach(model, x, 2, 3)
+    factor = (b[:, :, 2, 3] * x[:, :, 2, 3].sign()).sum(1).abs().mean()
+    near(got, factor * a.abs().sum(0), 1e-9)
+    heat = pixelcnn.heat_map(torch.tensor([[1.0, 1e-2, 1e-3, 1e-4, 1e-9, 0, 0.5]]), 0, 6, 2)
+    assert heat.shape == (1, 3, 2, 14)
+    near(heat[0, :, 1, ::2].T * 0.5 + 0.5,
+         [[1, 1, 0], [1, 0, 0], [0.5, 0, 0], [0, 0, 0], [0, 0, 0], [0.4] * 3, [1] * 3], 1e-6)
+
+def test_pixelcnn_blind_spot():
+    """The docstring's drawing and its 78 of 406 are what a stack of masked 3x3 kernels has, however deep."""
+    A, centre = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).double(), torch.diag(torch.tensor([0, 1, 0])).double()
+    seen = torch.zeros(1, 1, 28, 28).double()
+    seen[..., 14, 14] = 1
+    for layer in range(40):  # from the pixel back to all that reaches it
+        back = F.conv_transpose2d(seen, (A + centre if layer else A)[None, None], padding=1)
+        seen = (back > 0).double()
+    assert not seen[0, 0, 14, 14:].any() and not seen[0, 0, 15:].any()
+    before = 14 * 28 + 14
+    assert f"{int(before - seen.sum())} of" in pixelcnn.__doc__ and f"the {before} pixels" in pixelcnn.__doc__
+    drawn = re.findall(r"  ((?:[#ox-] ){6}[#ox-])(?:  |$)", pixelcnn.__doc__, re.M)
+    want = [" ".join("#" if seen[0, 0, i, j] else "o" for j in range(11, 18)) for i in (11, 12, 13)]
+    assert drawn == [*want, "# # # x - - -"], drawn
+
+def test_pixelcnn_sums_to_one():
+    """(1), (2): the probabilities of all images there are add up to one, grey and colour, of two levels and more."""
+    for shape in (1, 3, 2, 5, 2), (1, 2, 3, 6, 1), (3, 1, 4, 7, 1), (3, 2, 2, 8, 2):
+        for seed in SEEDS[:2]:
+            model = pixel_model(*shape, seed=seed, dtype=torch.float64)
+            nats = torch.cat([pixelcnn.log_prob(model, x.double()) for x in all_images(*shape[:3]).split(512)])
+            near(nats.exp().sum(), 1, 1e-9)
+            assert nats.std() > 0.2  # no trivial model
+
+def test_pixelcnn_log_prob_by_hand():
+    """(2), (6), (8): the softmax at each number, summed; two levels are logistic regression; no knowledge is log2 K."""
+    x, logits = torch.randint(4, (5, 3, 2, 2), generator=torch.Generator().manual_seed(0)), normal(5, 4, 3, 2, 2)
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    want = [sum(math.log(p[n, x[n, c, i, j], c, i, j]) for c, i, j in itertools.product(range(3), range(2), range(2)))
+            for n in range(5)]
+    near(pixelcnn.log_prob(lambda x: logits, x), want, 1e-12)
+    near(pixelcnn.loss_nats(lambda x: logits, x), -np.mean(want), 1e-12)
+    two, bits = normal(5, 2, 3, 2, 2), x % 2
+    near(pixelcnn.log_prob(lambda x: two, bits), D.Bernoulli(logits=two[:, 1] - two[:, 0]).log_prob(bits.double())
+         .sum((1, 2, 3)), 1e-12)
+    for K in 2, 7, 256:
+        nats = -pixelcnn.log_prob(lambda x, K=K: torch.zeros(len(x), K, 3, 2, 2), torch.zeros(2, 3, 2, 2))
+        near(pixelcnn.to_bits(nats, 12), math.log2(K), 1e-6)
+
+def test_pixelcnn_levels():
+    """(7): two levels by chance, k as often as k / 255, others by equal shares of the bytes; -1 .. 1 to show them."""
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    for K in 3, 4, 10, 255, 256:
+        x = pixelcnn.to_levels(bytes_, K)
+        assert x.dtype == torch.int64 and x.tolist() == [math.floor(b * K / 256) for b in range(256)]
+    n, p = 4000, bytes_.double() / 255
+    for seed in SEEDS:
+        x = pixelcnn.to_levels(bytes_.expand(n, 256), 2, torch.Generator().manual_seed(seed))
+        assert x.dtype == torch.int64 and set(x.unique().tolist()) == {0, 1}
+        near((x.double().mean(0) - p) / ((p * (1 - p) / n).sqrt() + 1e-9), 0, 5)
+    assert not torch.equal(pixelcnn.to_levels(bytes_, 2), pixelcnn.to_levels(bytes_, 2))
+    with mock.patch.object(torch, "rand", lambda *_, **__: torch.zeros(256)):
+        assert pixelcnn.to_levels(bytes_, 2).tolist() == [0] + [1] * 255  # black is never white, whatever is drawn
+    near(pixelcnn.from_levels(torch.arange(5), 5), [-1, -0.5, 0, 0.5, 1])
+    assert torch.equal(pixelcnn.to_uint8(pixelcnn.from_levels(bytes_.long(), 256)), bytes_)  # nothing is lost
+    for floats in bytes_ / 255, bytes_.long():
+        refuses("uint8", pixelcnn.to_levels, floats, 2)
+
+def test_pixelcnn_draw():
+    """(9): numpy's search of the cumulated probabilities, at their limits as well; frequencies are the softmax."""
+    logits = torch.tensor([0.5, 0.25, 0.25]).log()[None]
+    for u, x in (0.0, 0), (0.4999, 0), (0.5001, 1), (0.7499, 1), (0.7501, 2), (0.999999, 2):
+        assert pixelcnn.draw(logits, torch.tensor([u])).tolist() == [x]
+    assert pixelcnn.draw(torch.zeros(1, 2), torch.tensor([0.5])).tolist() == [1]  # the limit itself belongs to the next
+    for K, seed in itertools.product((2, 5, 256), SEEDS):
+        logits, u = normal(300, K, seed=seed), torch.rand(300, generator=torch.Generator().manual_seed(seed)).double()
+        got, cdf = pixelcnn.draw(logits, u), np.cumsum(torch.softmax(logits, 1).numpy(), 1)
+        assert got.tolist() == [np.searchsorted(c[:-1], v, side="right") for c, v in zip(cdf, u.numpy())]
+    even = pixelcnn.draw(normal(1, 4).expand(10_000, 4), (torch.arange(10_000).double() + 0.5) / 10_000)
+    near(even.bincount(minlength=4) / 10_000, torch.softmax(normal(4)[None], 1)[0], 2e-4)
+
+def test_pixelcnn_cached_is_plain():
+    """Both samplers draw the same numbers to the last, from nothing or from upper rows that stay; each u counts."""
+    for shape in (1, 7, 2, 8, 2), (3, 5, 3, 8, 1), (1, 6, 256, 5, 0), (3, 4, 2, 7, 2), (1, 1, 2, 8, 1):
+        for seed in SEEDS:
+            model, n = pixel_model(*shape, seed=seed), 4 if seed else 1
+            u = torch.rand(n, shape[0], shape[1], shape[1], generator=torch.Generator().manual_seed(seed))
+            plain, cached = pixelcnn.sample_plain(model, u), pixelcnn.sample_cached(model, u)
+            assert torch.equal(plain, cached) and plain.dtype == cached.dtype == torch.int64
+            assert plain.shape == u.shape and plain.max() < shape[2]
+            old = torch.randint(shape[2], u.shape, generator=torch.Generator().manual_seed(seed))
+            for first in {0, shape[1] // 2, shape[1]}:
+                given, kept = old.clone(), old.clone()
+                plain, cached = (f(model, u, given, first) for f in (pixelcnn.sample_plain, pixelcnn.sample_cached))
+                assert torch.equal(plain, cached) and torch.equal(plain[:, :, :first], old[:, :, :first])
+                assert torch.equal(given, kept)  # what was given is not drawn over
+                assert first or torch.equal(plain, pixelcnn.sample_plain(model, u))  # nor looked at
+    model = pixel_model(1, 28, 2, 16, 3)  # an image as large as MNIST's: the caches reach across all of it
+    u = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    want = torch.zeros(2, 1, 28, 28, dtype=torch.int64)
+    x = pixelcnn.sample_cached(model, u)
+    logits = model(x)  # of a right sample: from all of it at once, the same draws
+    for i, j in itertools.product(range(28), range(28)):
+        want[:, 0, i, j] = pixelcnn.draw(logits[:, :, 0, i, j], u[:, 0, i, j])
+    assert torch.equal(x, want) and 0.1 < x.float().mean() < 0.9
+
+def test_pixelcnn_cached_computes_little():
+    """The cached sampler asks for a row of the vertical stack a row, for a column of the other a number: no more."""
+    model, asked = pixel_model(3, 5, 2, 8, 1), collections.Counter()
+    vertical, horizontal = model.vertical, model.horizontal
+    model.vertical = lambda x, *at: asked.update(["row", tuple(x.shape)]) or vertical(x, *at)
+    model.horizontal = lambda x, v, at: asked.update(["column", tuple(x.shape)]) or horizontal(x, v, at)
+    pixelcnn.sample_cached(model, torch.rand(2, 3, 5, 5))
+    assert asked == {"row": 5, (2, 3, 1, 5): 5, "column": 75, (2, 3): 75}
+    asked.clear()
+    pixelcnn.sample_cached(model, torch.rand(2, 3, 5, 5), torch.zeros(2, 3, 5, 5).long(), 3)
+    assert asked["row"] == 5 and asked["column"] == 30
+
+def test_pixelcnn_log_prob_of_a_sample():
+    """log_prob is the sum of the logs of the probabilities that a sample was drawn with, by either sampler."""
+    for sampler, shape in itertools.product((pixelcnn.sample_plain, pixelcnn.sample_cached),
+                                            ((1, 5, 2, 8, 2), (3, 3, 4, 8, 1))):
+        model, total, real = pixel_model(*shape), torch.zeros(6), pixelcnn.draw
+
+        def spy(logits, u, total=total, real=real):
+            x = real(logits, u)
+            total += logits.log_softmax(1).gather(1, x[:, None])[:, 0]
+            return x
+
+        with mock.patch.object(pixelcnn, "draw", spy):
+            x = sampler(model, torch.rand(6, shape[0], shape[1], shape[1], generator=torch.Generator().manual_seed(1)))
+        near(pixelcnn.log_prob(model, x), total, 1e-3)
+        assert total.std() > 0.3
+
+def test_pixelcnn_sample_frequencies():
+    """Samples of a 2x2 model come as often as their probability says."""
+    model, n = pixel_model(1, 2, 2, 8, 1), 20_000
+    u = torch.rand(n, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    x = pixelcnn.sample_cached(model, u).flatten(1)
+    counts = (x * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
+    p = pixelcnn.log_prob(model, all_images(1, 2, 2)).exp().double()
+    near((counts / n - p) / (p * (1 - p) / n).sqrt(), 0, 4)
+
+def test_pixelcnn_network():
+    """Any size, level and width, fewer channels than colours included; every weight is used; images do not mix."""
+    for channels, size, levels, width, layers in (1, 8, 2, 8, 2), (3, 5, 256, 4, 1), (3, 4, 2, 1, 1), (2, 1, 3, 5, 0):
+        model = woken(pixelcnn.PixelCNN(channels, size, levels, width, layers))
+        x = torch.randint(levels, (4, channels, size, size), generator=torch.Generator().manual_seed(0))
+        logits = model(x)
+        assert logits.shape == (4, levels, channels, size, size) and model.shape == (channels, size, size)
+        near(model(x[2:3]), logits[2:3], 1e-5)
+        if width >= 4 and size >= 4:
+            logits.square().sum().backward()
+            assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    model = pixelcnn.PixelCNN(1, 8, 2, 8, 3)
+    assert all(not last.weight.any() for _, last in [*model.down, *model.right])  # blocks begin as the identity
+
+def test_pixelcnn_training_draws():
+    """Training sees each image that is not held out, in levels drawn anew, and validates on held-out images alone."""
+    images = torch.tensor([51, 102, 204] * 4, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 1, 8, 8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1:5] = 255, (torch.arange(12)[:, None] >> torch.arange(4) & 1) * 255  # its name
+    for levels in 2, 4:
+        seen, validated = [], []
+
+        def loss(model, x, seen=seen):
+            seen.append(x)
+            return 0 * next(model.parameters()).sum()
+
+        def nats(model, images, device, validated=validated):
+            validated.append(images)
+            return torch.zeros(len(images))
+
+        with mock.patch.multiple(pixelcnn, loss_nats=loss, image_nats=nats):
+            quiet(pixelcnn.train, images, iters=100, batch=16, width=8, layers=1, levels=levels)
+        fitted, held_out = pixelcnn.hold_out(images)
+        assert len(validated) == 1 and torch.equal(validated[0], held_out)
+        x = torch.cat(seen)
+        name = (x[:, 0, 0, 1:5].bool() * torch.tensor([1, 2, 4, 8])).sum(1)
+        counts = name.bincount(minlength=12)
+        assert sorted(counts.nonzero()[:, 0].tolist()) == sorted((fitted[:, 0, 0, 1:5].bool() * torch.tensor(
+            [1, 2, 4, 8])).sum(1).tolist()) and counts[counts > 0].min() > 100  # of 160 +- 12
+        if levels == 4:
+            assert x[:, 0, 1:].unique().tolist() == [0, 1, 3]  # 51, 102 and 204
+        else:
+            for k, p in enumerate((0.2, 0.4, 0.8)):
+                near(x[name % 3 == k][:, 0, 1:].double().mean(), p, 0.01)
+            assert len(x.flatten(1).unique(dim=0)) == 1600
+
+def test_pixelcnn_training_learns():
+    """A hundred steps of a tiny network halve the nats of images that it did not see, as its log says."""
+    images = pixelcnn.draw_digits(240, 8)
+    with workdir() as here:
+        first = quiet(pixelcnn.train, images, iters=1, batch=2, width=8, layers=1)
+        model = quiet(pixelcnn.train, images, iters=150, batch=16, width=8, layers=1, path=here / "model.pt")
+        head, row, last = (here / "log.csv").read_text().split()
+    held_out = pixelcnn.hold_out(images)[1]
+    before, after = (pixelcnn.image_nats(m, held_out) for m in (first, model))
+    assert head == "iteration,train_nats,valid_nats" and after.mean() < 0.6 * before.mean(), (before, after)
+    near(after.mean(), float(last.split(",")[2]), 1e-4)
+    x = pixelcnn.to_levels(held_out, 2, torch.Generator().manual_seed(0))
+    near(pixelcnn.image_nats(model, held_out, chunk=7), -pixelcnn.log_prob(model, x), 1e-4)
+    assert (model(x).softmax(1)[:, 1].mean() - x.float().mean()).abs() < 0.1
+
+def test_pixelcnn_half_products():
+    """Convolutions in bfloat16, where there are any, leave the loss in float32 and near what it is without them."""
+    model, x = pixel_model(1, 8, 2, 8, 2), torch.randint(2, (9, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    want = pixelcnn.loss_nats(model, x)
+    for device in "cpu", "cuda":
+        with pixelcnn.half_products(device):
+            got = pixelcnn.loss_nats(model, x)
+        assert got.dtype == torch.float32 and (device == "cpu" or torch.equal(got, want))
+        near(got, want, rtol=0.01)  # 64 numbers, each of three digits
+
+def test_pixelcnn_sample():
+    """Chunks and samplers change nothing, seeds do."""
+    model = pixel_model(1, 5, 2, 8, 1)
+    x = quiet(pixelcnn.sample, model, 7, 3)
+    assert x.shape == (7, 1, 5, 5) and torch.equal(x, quiet(pixelcnn.sample, model, 7, 3, chunk=2))
+    assert torch.equal(x, quiet(pixelcnn.sample, model, 7, 3, chunk=3, sampler=pixelcnn.sample_plain))
+    assert not torch.equal(x, quiet(pixelcnn.sample, model, 7, 4)) and len(x.flatten(1).unique(dim=0)) == 7
+
+def test_pixelcnn_command():
+    """The figures are those of all test and held-out images whatever --seed is, the pictures what they say."""
+    load = pixelcnn.load
+    with workdir() as here, mock.patch.object(pixelcnn, "load", lambda *args: woken(load(*args))):
+        grey(here, 90)
+        said = []
+        for seed, levels in (3, 2), (4, 2), (4, 5):
+            words = command(pixelcnn, data="pics", seed=seed, levels=levels, layers=1, out="run", fresh="")
+            words = [*words[:-1], "--fresh"] + ["--plain"] * (levels == 2)
+            status, out, err = call(pixelcnn, words)
+            assert (status, err) == (0, ""), err
+            model, images = pixelcnn.load("run/model.pt"), pixelcnn.load_images("pics", 8)
+            test = pixelcnn.load_images("pics", 8, test=True)
+            line = r"(\d+) (held-out|test) images: .* ([\d.]+) \+- ([\d.]+) nats .* ([\d.]+) bits/dim"
+            figures = re.findall(line, out)
+            for (n, _, *got), part in zip(figures, (pixelcnn.hold_out(images)[1], test), strict=True):
+                x = pixelcnn.to_levels(part, levels, torch.Generator().manual_seed(0))
+                nats = -pixelcnn.log_prob(model, x).double()
+                assert int(n) == len(part)
+                near([float(v) for v in got], [nats.mean(), nats.std(correction=0) / len(part)**0.5,
+                                               nats.mean() / 64 / math.log(2)], 0.0051)
+            said.append(figures)
+            assert ("took" in out or "as long" in out) == (levels == 2) and re.search(r"[\d.]+ images/s: samples", out)
+            assert levels != 2 or re.search(r"; 0 of 128 pixels differ", out)
+            x = quiet(pixelcnn.sample, model, 2, seed)
+            show = lambda x, levels=levels: pixelcnn.to_uint8(pixelcnn.from_levels(x, levels))[:, 0].numpy()
+            assert np.array_equal(np.load("run/samples.npy"), show(x))
+            parts = tiles("run/completions.png", 8, 8).reshape(8, 8, 8, 8)  # image, given, six ways
+            shown = pixelcnn.to_levels(test[:8], levels, torch.Generator().manual_seed(0))
+            assert np.array_equal(parts[:, 0], show(shown)) and (parts[:, 1, 4:] == 128).all()
+            assert (parts[:, 1:, :4] == parts[:, :1, :4]).all()
+            u = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+            ways = pixelcnn.sample_cached(model, u, shown.repeat_interleave(6, 0), 4)
+            assert np.array_equal(parts[:, 2:].reshape(48, 8, 8), show(ways))
+            assert len(np.unique(parts.reshape(64, 64), axis=0)) > 50
+            heat = np.array(Image.open("run/receptive.png"))[::8, ::8]
+            want = pixelcnn.heat_map(pixelcnn.reach(model, shown, 6, 4), 6, 4, 1)
+            alike(heat, pixelcnn.to_uint8(want)[0].permute(1, 2, 0).numpy())
+        assert said[0] == said[1] != said[2]
+
+def test_pixelcnn_bad_values():
+    """What cannot be is refused before training: levels, layers, images that are not square, another checkpoint."""
+    with workdir() as here:
+        words = command(pixelcnn, **inputs(here), layers=1)
+        bad = (("--levels", "1"), ("--levels", "257"), ("--levels", "x"), ("--layers", "-1"))
+        with mock.patch.object(pixelcnn, "train", autospec=True, side_effect=AssertionError("it trains")):
+            wrong = [refused(pixelcnn, [*words, f"{name}={value}"], name, here) for name, value in bad]
+        assert call(pixelcnn, [*words, "--levels", "3"])[0] == 0
+        wrong += [refused(pixelcnn, [*words, "--levels", "2"], "levels 3, not 2.*--fresh", here),
+                  refused(pixelcnn, [*words, "--levels", "3", "--layers", "2"], "layers 1, not 2.*--fresh", here)]
+        quiet(ddpm.train, grey(here), iters=1, batch=2, width=8, path=here / "run" / "model.pt", fresh=True)
+        refuses("ddpm.py", pixelcnn.load, here / "run" / "model.pt")
+    assert not any(wrong), "\n".join(filter(None, wrong))
+
 # -------------------------------------------------------------------------------------- training, several files -----
 def at_steps(loss, table):
     """A loss at integer steps as one at times 0 .. 1."""
@@ -4500,7 +4839,8 @@ def at_steps(loss, table):
 LOSSES = {"ddpm": ("loss_simple", at_steps(ddpm.loss_simple, ddpm.make_schedule().to("cpu"))),
           "ddim": ("loss_gamma", at_steps(ddim.loss_gamma, ddim.noise_tables(ddim.make_alpha_bar()))),
           "rectified_flow": ("loss_flow", lambda model, x, noise, u: flow.loss_flow(model, noise, x, u)),
-          "realnvp": ("loss_bits", None)}  # None: another kind of network, with a test of its own that it learns
+          "realnvp": ("loss_bits", None),  # None: another kind of network, with a test of its own that it learns
+          "pixelcnn": ("loss_nats", None)}
 
 def has_loss(module):
     return module.__name__ in LOSSES
