@@ -4319,9 +4319,9 @@ def test_rnn_products():
         for a, b in zip(*results):
             assert a.dtype == b.dtype == torch.float32
             assert 1e-5 < (a - b).norm() / a.norm() < 2**-7, (cell, T, (a - b).norm() / a.norm())
-    for capable in False, True:
-        with mock.patch.object(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, create=True):
-            assert rnn.fast_products("cpu") is (torch.bfloat16 if capable else torch.float32)
+    for capable, products in (False, torch.float32), (True, torch.bfloat16):
+        with mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=capable, create=True):
+            assert rnn.fast_products("cpu") is products
 
 def test_rnn_torch_nn():
     """With the weights of torch.nn.RNN and torch.nn.LSTM: their outputs, last states and gradients."""

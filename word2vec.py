@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 # --------------------------------------------------------------------------------------------------------- method -----
-BLOCK, SHARED = 32, 48  # L and S
+BLOCK, SHARED = 32, 40  # L and S
 AT_ONCE = 16  # steps for which the text is read and windows and negatives are drawn at once
 
 def keep_chance(counts, t):
@@ -348,8 +348,8 @@ def analogy(vectors, a, b, c, n=4):
 
 def fast_products(device):
     """The type in which products are fastest: bfloat16, 8 bits of a number, where the processor multiplies it."""
-    if torch.device(device).type == "cpu":  # older torch cannot tell
-        fast = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    if torch.device(device).type == "cpu":
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # younger than torch 2.4
     else:
         fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
