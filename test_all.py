@@ -112,7 +112,7 @@ def options(module):
     """{"--name": its action} of the file's command line, --help left out."""
     return {a.option_strings[-1]: a for a in parse(module, [])[1]._actions if a.dest != "help"}
 
-TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--inpaint": 2,
+TINY = {"--size": 8, "--width": 8, "--depth": 5, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--inpaint": 2,
         "--out": "run"}
 
 def command(module, **flags):
