@@ -126,8 +126,9 @@ def surroundings(devices):
 def autocast(casts):
     """Autocast as it was. Without its cache, in which weights cast without a gradient would wait for the way back."""
     with contextlib.ExitStack() as stack:
-        for cast in casts:
-            stack.enter_context(torch.autocast(*cast, cache_enabled=False))
+        for kind, dtype, on in casts:
+            if on or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype, on, cache_enabled=False))
         yield
 
 REPLAYS = []
@@ -400,7 +401,7 @@ def profile(layers, x):
 
 STRATEGIES = {"none": keep_all, "every": every, "sqrt": segments, "recursive": by_halves, "slots": in_slots}
 
-def make_schedule(strategy, layers, x, slots=10, budget=4.0):
+def choose_schedule(strategy, layers, x, slots=10, budget=4.0):
     """The schedule of a strategy, one of STRATEGIES or "budget", of so many MB; x is what the layers will be given.
 
     ValueError if the slots or the budget are too small for the layers."""
@@ -670,7 +671,7 @@ def train(images, iters=3000, batch=128, lr=1e-3, width=128, depth=100, strategy
     parts, done, log = (model, average, opt), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["checkpointing"], device, wanted))
-    schedule = make_schedule(strategy, model.layers, torch.zeros(batch, width, device=device), slots, budget)
+    schedule = choose_schedule(strategy, model.layers, torch.zeros(batch, width, device=device), slots, budget)
     if compiled:
         for layer in model.layers:
             layer.compile()
@@ -753,7 +754,7 @@ def compare(width, depth, batch, slots, budget, device, out):
     x, m = torch.randn(batch, width, device=device), math.isqrt(depth - 1) + 1
     chain = profile(layers, x)
     w, a, u = chain.w[0], chain.a[0], statistics.mean(chain.u)
-    schedules = {name: make_schedule(name, layers, x, slots, budget) for name in (*STRATEGIES, "budget")}
+    schedules = {name: choose_schedule(name, layers, x, slots, budget) for name in (*STRATEGIES, "budget")}
     expected = {name: theory(name, depth, w, a, slots) for name in STRATEGIES}
     expected["budget"] = predict(schedules["budget"], chain._replace(u=[1] * depth))
     ways = {name: by_schedule(schedule) for name, schedule in schedules.items()}
@@ -787,7 +788,7 @@ def compare(width, depth, batch, slots, budget, device, out):
 
     depths = sorted({d for d in (3, 10, 30, 100, 300, 1000, 3000) if d < depth} | {depth})
     lines = {name: [(d, theory(name, d, w, a, slots)[0] / 1e6) for d in range(2, depth + 1)] for name in STRATEGIES}
-    found = {name: [(d, count(by_schedule(make_schedule(name, layers[:d], x, slots)), layers[:d], x)[0] / 1e6)
+    found = {name: [(d, count(by_schedule(choose_schedule(name, layers[:d], x, slots)), layers[:d], x)[0] / 1e6)
                     for d in depths] for name in STRATEGIES}
     save_png(out / "memory.png", plot_log(lines, found, "layers", "MB stored: equations (lines), counted (dots)"))
     at = lambda peak, runs: (peak / 1e6, seconds[0] + (runs - depth) * u)  # (9)
@@ -845,7 +846,7 @@ def main(argv=None):
 
         layers = list(model.requires_grad_(True).layers)
         x = model.first(noisy[: args.batch].to(device).flatten(1)).detach()
-        schedules = [keep_all(args.depth), make_schedule(args.strategy, layers, x, args.slots, args.budget)]
+        schedules = [keep_all(args.depth), choose_schedule(args.strategy, layers, x, args.slots, args.budget)]
         ways = [by_schedule(schedule) for schedule in schedules]
         seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways], device)
         for name, way, schedule, took in zip(("none", args.strategy), ways, schedules, seconds):

@@ -112,8 +112,8 @@ def options(module):
     """{"--name": its action} of the file's command line, --help left out."""
     return {a.option_strings[-1]: a for a in parse(module, [])[1]._actions if a.dest != "help"}
 
-TINY = {"--size": 8, "--width": 8, "--depth": 5, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--inpaint": 2,
-        "--out": "run"}
+TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--inpaint": 2,
+        "--depth": 5, "--out": "run"}
 
 def command(module, **flags):
     """The words of a run that takes seconds, from TINY and flags as far as the file knows them."""
