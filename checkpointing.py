@@ -13,7 +13,7 @@ symbol      in the code     what it is
 f_i, x_i    layers[i], x    layer i of n, i = 0 .. n - 1, and its input; x_n is what the chain gives
 w_i         chain.w[i]      bytes of x_i, 64 KB for 128 rows of 128 numbers in float32
 a_i         chain.a[i]      bytes that autograd keeps of layer i, x_i included where the layer needs it
-u_i         chain.u[i]      seconds of layer i forward, keeping nothing
+u_i, c      chain.u, c      seconds of layer i forward, keeping nothing; what a checkpoint costs besides
 s           slots           how many x_i may be held at once beside the one layer that is on its way back
 schedule    schedule        who is run again: [[0, 1, 2], [[3], 4], 5, 6]. A number is a layer whose activations are
                             kept. A list is a part that is run keeping its input alone, and again on the way back,
@@ -37,7 +37,7 @@ and Griewank does not count; t counts those without a tape. Equal layers, a = a_
 For in r runs each layer reaches the tape, and C(s + r, s) paths are there that use s slots and r runs at most.
 Unequal layers i .. j - 1, x_i held, M bytes beside it: the first is kept, or else the first k - i are run again:
   (8) T(i, j, M) = min of T(i + 1, j, M - a_i + w_i - w_{i+1}) and, over i < k < j, of
-      u_i + .. + u_{k-1} + T(k, j, M - w_k) + T(i, k, M);   T(i, i + 1, M) = 0 if a_i - w_i <= M, else infinite
+      u_i + .. + u_{k-1} + c + T(k, j, M - w_k) + T(i, k, M);   T(i, i + 1, M) = 0 if a_i - w_i <= M, else infinite
   (9) seconds of a step = those without checkpoints + u for each of the t runs
 
 Trip wires: slots hold x_0, too (it is the caller's and stays anyway, but is counted as it is kept). The last segment is
@@ -137,9 +137,10 @@ REPLAYS = []
 def replay(generators):
     """Draws the random numbers of the first run again, and keeps the running statistics of normalisation still."""
     norm, now = nn.modules.batchnorm._NormBase, [(generator, generator.get_state()) for generator, _ in generators]
+    hold = lambda self, value: vars(self).update(track_running_stats=value)
     try:
         REPLAYS.append(None)  # more than one where devices go back side by side
-        norm.track_running_stats = property(lambda self: False)  # goes before what the layers themselves have
+        norm.track_running_stats = property(lambda self: False, hold)  # goes before what the layers themselves have
         for generator, state in generators:
             generator.set_state(state)
         yield
@@ -209,9 +210,9 @@ def closed_form(n, slots):
     r = next(r for r in itertools.count(1) if n <= math.comb(slots + r, slots))
     return r * n - math.comb(slots + r, r - 1)  # (7)
 
-# What a chain's layers take, each a list with an entry a layer: u, w, a of the docstring; last: bytes of the output
-# where the layer keeps it itself, which counts only if no other layer follows in its part.
-Chain = collections.namedtuple("Chain", "u w a last")
+# What a chain takes: u, w, a of the docstring, lists with an entry a layer; last, a list of the bytes of the outputs
+# that layers keep themselves, which count where no other layer follows in a part; c of the docstring.
+Chain = collections.namedtuple("Chain", "u w a last c")
 
 def in_budget(chain, budget, buckets=500, blocks=100):
     """The fastest schedule that never holds more than budget bytes. ValueError if there is none.
@@ -224,6 +225,9 @@ def in_budget(chain, budget, buckets=500, blocks=100):
     u, w, last = [sum(chain.u[b]) for b in spans], [chain.w[b][0] for b in spans], [chain.last[b][-1] for b in spans]
     a = [sum(chain.a[b]) for b in spans]
     least = max(w[0] * (i > 0) + a[i] + last[i] for i in range(n))
+    if not budget >= least:
+        raise ValueError(f"--budget {budget / 1e6:g}: these layers need at least about {least / 1e6:.3g} MB")
+    budget = min(budget, sum(a) + sum(last))
     grain = math.gcd(*w, *a, *last, 0) or 1
     unit = grain * max(1, math.ceil(budget / grain / buckets))
     whole = max(0, int(budget // unit))  # M of what follows is counted in units
@@ -243,13 +247,13 @@ def in_budget(chain, budget, buckets=500, blocks=100):
                 T[i, j, extra[i] + last[i] :] = 0
                 best[i, j] = i
             else:
-                again = (before[i + 1 : j] - before[i])[:, None] + after[j, i + 1 : j] + T[i, i + 1 : j]
+                again = (before[i + 1 : j] - before[i] + chain.c)[:, None] + after[j, i + 1 : j] + T[i, i + 1 : j]
                 costs = np.concatenate([less(after[j, i + 1], extra[i])[None], again])  # (8)
                 best[i, j] = i + costs.argmin(0)
                 T[i, j] = costs.min(0)
             after[j, i] = less(T[i, j], w[i])
     if not np.isfinite(after[n, 0, whole]):
-        raise ValueError(f"--budget {budget / 1e6:g}: these layers need at least about {least / 1e6:.3g} MB")
+        raise ValueError(f"--budget {budget / 1e6:g}: a little too small for these layers")
 
     def plan(i, j, M):
         parts = []
@@ -265,26 +269,25 @@ def in_budget(chain, budget, buckets=500, blocks=100):
     return plan(0, n, whole - w[0])
 
 def predict(schedule, chain):
-    """The most bytes that a schedule ever holds, and how often it runs a layer, for layers of any size."""
+    """The most bytes that a schedule ever holds, and the seconds of all that it runs forward; layers of any size."""
     def span(part):
         return (part, part + 1) if isinstance(part, int) else (span(part[0])[0], span(part[-1])[1])
 
-    def go(parts, held):  # held: with the input of parts
-        peak, lists = held, []
+    def go(parts, held):  # held: bytes, the input of parts among them
+        (i, end), lists = span(parts), []
+        peak, seconds = held, sum(chain.u[i:end])
         for part in parts:
             i, j = span(part)
             if isinstance(part, int):
                 held += chain.a[i] - chain.w[i]
-                peak = max(peak, held + (chain.last[i] if part is parts[-1] else 0))
+                peak = max(peak, held + chain.last[i] * (j == end))
             else:
                 lists.append((part, held))
-            if part is not parts[-1]:
-                held += chain.w[j]
-        runs = span(parts[-1])[1] - span(parts[0])[0]
+            held += chain.w[j] if j < end else 0
         for part, held in lists:
             inner, more = go(part, held)
-            peak, runs = max(peak, inner), runs + more
-        return max(peak, held), runs
+            peak, seconds = max(peak, inner), seconds + more + chain.c
+        return peak, seconds
     return go(schedule, chain.w[0])
 
 # -------------------------------------------------------------------------------------------------------- network -----
@@ -383,8 +386,9 @@ def clock(jobs, device, rounds=7):
     return [statistics.median(taken[1:]) for taken in seconds]  # the first round warms up
 
 def profile(layers, x):
-    """-> Chain, measured layer by layer, and x_n. x (N, width)."""
-    chain = Chain([], [], [], [])
+    """-> Chain, measured layer by layer. x (N, width); the layers are run, so their statistics move."""
+    root = torch.zeros(1, device=x.device, requires_grad=True)
+    chain = Chain([], [], [], [], clock([lambda: torch.autograd.backward(checkpoint(torch.neg, root))], x.device)[0])
     for layer in layers:
         with torch.no_grad():
             chain.u.extend(clock([functools.partial(layer, x)], x.device, 3))
@@ -753,10 +757,10 @@ def compare(width, depth, batch, slots, budget, device, out):
     layers = [ResidualLayer(width, depth).to(device) for _ in range(depth)]
     x, m = torch.randn(batch, width, device=device), math.isqrt(depth - 1) + 1
     chain = profile(layers, x)
-    w, a, u = chain.w[0], chain.a[0], statistics.mean(chain.u)
+    w, a, u = chain.w[0], chain.a[0], statistics.median(chain.u)
     schedules = {name: choose_schedule(name, layers, x, slots, budget) for name in (*STRATEGIES, "budget")}
     expected = {name: theory(name, depth, w, a, slots) for name in STRATEGIES}
-    expected["budget"] = predict(schedules["budget"], chain._replace(u=[1] * depth))
+    expected["budget"] = predict(schedules["budget"], chain._replace(u=[1] * depth, c=0))
     ways = {name: by_schedule(schedule) for name, schedule in schedules.items()}
     for kind in ("reentrant", "non-reentrant"):
         ways["torch " + kind] = functools.partial(lambda kind, layers, x: checkpoint_sequential(
@@ -794,7 +798,7 @@ def compare(width, depth, batch, slots, budget, device, out):
     at = lambda peak, runs: (peak / 1e6, seconds[0] + (runs - depth) * u)  # (9)
     lines = {name: [] for name in schedules}
     lines["slots"] = [at(*theory("slots", depth, w, a, s)) for s in range(1, depth) if math.comb(s + 30, s) >= depth]
-    lines["sqrt"] = [at(*predict(segments(depth, k), chain._replace(u=[1] * depth))) for k in range(1, depth + 1)]
+    lines["sqrt"] = [at(*predict(segments(depth, k), chain._replace(u=[1] * depth, c=0))) for k in range(1, depth + 1)]
     save_png(out / "frontier.png", plot_log(lines, dots, "MB stored", "seconds a step: by the equations for any "
                                             "number of slots or segments (lines), measured (dots)"))
 
@@ -845,13 +849,13 @@ def main(argv=None):
               f"{errors[0]:.5f}")
 
         layers = list(model.requires_grad_(True).layers)
-        x = model.first(noisy[: args.batch].to(device).flatten(1)).detach()
+        x = model.first(noisy[torch.arange(args.batch) % len(noisy)].to(device).flatten(1)).detach()
         schedules = [keep_all(args.depth), choose_schedule(args.strategy, layers, x, args.slots, args.budget)]
         ways = [by_schedule(schedule) for schedule in schedules]
         seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways], device)
         for name, way, schedule, took in zip(("none", args.strategy), ways, schedules, seconds):
             peak, runs = count(way, layers, x)
-            least, most = predict(schedule, profile(layers, x)._replace(u=[1] * args.depth))
+            least, most = predict(schedule, profile(layers, x)._replace(u=[1] * args.depth, c=0))
             print(f"{name}: {peak / 1e6:.3f} MB stored in {args.depth} layers ({least / 1e6:.3f} by the equations), "
                   f"{runs} runs of a layer ({most}), {took:.4f} s there and back")
         print(f"{args.samples} samples: samples.png, samples.npy in {args.out}, with denoised.png (images, with noise, "
