@@ -401,6 +401,13 @@ def profile(layers, x):
         chain.last.append(kept.pop(y.untyped_storage().data_ptr(), 0))
         chain.a.append(chain.w[-1] + sum(kept.values()))
         x = y
+    alike = collections.defaultdict(list)
+    for i, size in enumerate(zip(chain.w, chain.a, chain.last)):
+        alike[size].append(i)
+    for group in alike.values():  # of layers that keep the same, the times are taken for noise about one value
+        middle = statistics.median(chain.u[i] for i in group)
+        for i in group:
+            chain.u[i] = middle
     return chain
 
 STRATEGIES = {"none": keep_all, "every": every, "sqrt": segments, "recursive": by_halves, "slots": in_slots}
