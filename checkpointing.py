@@ -764,10 +764,12 @@ def compare(width, depth, batch, slots, budget, device, out):
     layers = [ResidualLayer(width, depth).to(device) for _ in range(depth)]
     x, m = torch.randn(batch, width, device=device), math.isqrt(depth - 1) + 1
     chain = profile(layers, x)
-    w, a, u = chain.w[0], chain.a[0], statistics.median(chain.u)
+    with torch.no_grad():
+        u = clock([functools.partial(run, layers, keep_all(depth), x)], device)[0] / depth
+    w, a, units = chain.w[0], chain.a[0], chain._replace(u=[1] * depth, c=0)
     schedules = {name: choose_schedule(name, layers, x, slots, budget) for name in (*STRATEGIES, "budget")}
     expected = {name: theory(name, depth, w, a, slots) for name in STRATEGIES}
-    expected["budget"] = predict(schedules["budget"], chain._replace(u=[1] * depth, c=0))
+    expected["budget"] = predict(schedules["budget"], units)
     ways = {name: by_schedule(schedule) for name, schedule in schedules.items()}
     for kind in ("reentrant", "non-reentrant"):
         ways["torch " + kind] = functools.partial(lambda kind, layers, x: checkpoint_sequential(
@@ -805,9 +807,12 @@ def compare(width, depth, batch, slots, budget, device, out):
     at = lambda peak, runs: (peak / 1e6, seconds[0] + (runs - depth) * u)  # (9)
     lines = {name: [] for name in schedules}
     lines["slots"] = [at(*theory("slots", depth, w, a, s)) for s in range(1, depth) if math.comb(s + 30, s) >= depth]
-    lines["sqrt"] = [at(*predict(segments(depth, k), chain._replace(u=[1] * depth, c=0))) for k in range(1, depth + 1)]
-    save_png(out / "frontier.png", plot_log(lines, dots, "MB stored", "seconds a step: by the equations for any "
-                                            "number of slots or segments (lines), measured (dots)"))
+    lines["sqrt"] = [at(*predict(segments(depth, k), units)) for k in range(1, depth + 1)]
+    for share in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96):
+        with contextlib.suppress(ValueError):  # less than the layers need
+            lines["budget"].append(at(*predict(in_budget(units, depth * a / share), units)))
+    save_png(out / "frontier.png", plot_log(lines, dots, "MB stored", "seconds a step: the equations for all "
+                                            "slots, segments and budgets (lines), measured (dots)"))
 
     layers = [ResidualLayer(width, depth, width * 2 ** (i % 4) // 2 or 1).to(device) for i in range(min(depth, 100))]
     chain = profile(layers, x)
