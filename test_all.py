@@ -4783,6 +4783,10 @@ def test_checkpointing_budget():
                 assert math.isclose(ckpt.predict(ckpt.in_budget(chain, budget), chain)[1], min(fits)), budget
             else:
                 assert "--budget" in refusal(ckpt.in_budget, chain, budget)
+    w, a = (rng.integers(*span, 20).tolist() for span in ((10**5, 10**6), (10**6, 2 * 10**6)))  # to be rounded up
+    chain = ckpt.Chain(rng.random(20).tolist(), w, a, [0] * 20, 0)
+    for budget in np.linspace(4e6, 2e7, 9).tolist():
+        assert 0.9 * budget < ckpt.predict(ckpt.in_budget(chain, budget), chain)[0] <= budget
     chain = ckpt.Chain([1e-3] * 300, [64] * 300, [128] * 300, [0] * 300, 0)  # in blocks
     peak, seconds = ckpt.predict(ckpt.in_budget(chain, 64 * 60), chain)
     assert peak <= 64 * 60 and seconds < 0.62
