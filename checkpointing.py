@@ -298,7 +298,8 @@ class ResidualLayer(nn.Module):
     def __init__(self, width, depth=1, hidden=None):
         super().__init__()
         self.inner, self.outer = nn.Linear(width, hidden or width), nn.Linear(hidden or width, width)
-        self.outer.weight.data /= depth**0.5  # so a sum over all layers stays in bounds
+        for p in self.outer.parameters():
+            p.data /= depth**0.5  # so the sum over all layers stays in bounds
 
     def forward(self, x):
         return x + self.outer(F.relu(self.inner(x)))

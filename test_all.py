@@ -4884,12 +4884,18 @@ def test_checkpointing_same_weights():
         assert not model.training and not any(p.requires_grad for p in kept[-1])
     for other in kept[1:]:
         same(other, kept[0])
+    deep = ckpt.Denoiser(1, 8, 32, 300)
+    h = torch.randn(50, 32)
+    spread = ckpt.run(list(deep.layers), range(300), h).std().item()
+    assert 0.9 < spread < 1.5, spread  # whatever the depth
     x = ckpt.to_float(images)
     noisy = ckpt.with_noise(x, torch.Generator().manual_seed(1))
     near((noisy - x).std(), 1, 0.02)  # 12800 pixels: 0.006
-    model = quiet(ckpt.train, images, 400, 32, 3e-3, 32, 3)
+    with workdir() as here:
+        model = quiet(ckpt.train, images, 400, 32, 3e-3, 32, 3, path=here / "model.pt")
+        loss = float((here / "log.csv").read_text().split(",")[-1])
     error = F.mse_loss(ckpt.denoise(model, noisy, 7), x)
-    assert error < 0.6 * x.var(), error
+    assert error < 0.6 * x.var() and abs(loss / (error / 4) - 1) < 0.2, (error, loss)  # of pixels in 0 .. 1
     assert "12x8" in refusal(ckpt.train, torch.zeros(4, 1, 12, 8, dtype=torch.uint8).transpose(2, 3))
 
 def test_checkpointing_command():
