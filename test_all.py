@@ -9,7 +9,7 @@ test_repo_* hold for every file that lies here, each file in a test of its own; 
 The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
 import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib, heapq
 import http.server, importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile
-import threading, time, tokenize, traceback, types, unicodedata, unittest
+import threading, time, tokenize, traceback, types, unicodedata, unittest, warnings
 from pathlib import Path
 from unittest import mock
 
@@ -4599,7 +4599,9 @@ def test_checkpointing_refusals():
     for bad in (lambda y: y.backward(create_graph=True), lambda y: torch.autograd.grad(y, x),
                 lambda y: torch.autograd.grad(y, x, create_graph=True), lambda y: y.backward(inputs=[x])):
         y = ckpt.checkpoint(lambda x: (x * w).sin(), x).sum()
-        assert "only a plain loss.backward()" in str(raised(RuntimeError, bad, y)) and w.grad is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has one for create_graph
+            assert "only a plain loss.backward()" in str(raised(RuntimeError, bad, y)) and w.grad is None
     for needs in True, False:
         v = torch.ones(3)
         y = ckpt.checkpoint(lambda v: v * w, v.requires_grad_(needs))
@@ -4801,10 +4803,10 @@ def test_checkpointing_uneven_predicted():
             peak, runs_ = ckpt.predict(schedule, chain._replace(u=[1] * len(layers), c=0))
             assert (found, times) == (peak, runs_), (seed, name)
 
-CHILD = """
-import resource, sys, torch, checkpointing as c
+CHILD = r"""
+import re, torch, checkpointing as c
 layers, x = [c.ResidualLayer(16, 300) for _ in range(300)], torch.randn(4096, 16)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
 for p in (p for layer in layers for p in layer.parameters()):
     p.grad = torch.zeros_like(p)  # as after the first step; what is new would lie between what is let go
 c.there_and_back(c.by_schedule(c.segments(2)), layers[:2], x)
@@ -4817,15 +4819,12 @@ print(*sizes)
 
 def test_checkpointing_resident():
     """What a process takes of the machine really falls: 300 layers whose activations are 157 MB."""
-    try:
-        import resource  # noqa: F401
-    except ImportError:
-        raise unittest.SkipTest("no resident set sizes on this system") from None
+    if not os.path.exists("/proc/self/status"):
+        raise unittest.SkipTest("this system does not tell the largest resident set")
     child = subprocess.run([sys.executable, "-c", CHILD], cwd=HERE, capture_output=True, text=True, check=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     before, some, all_ = map(int, child.stdout.split())
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert (all_ - some) * unit > 90e6 and (some - before) * unit < 50e6, child.stdout
+    assert all_ - some > 90_000 and some - before < 50_000, child.stdout  # kB
 
 def test_checkpointing_torch():
     """Against torch's own with the same segments: the same gradients, no more bytes, and no more runs of a layer but
