@@ -7,15 +7,16 @@
 
 test_repo_* hold for every file that lies here, each file in a test of its own; test_ddpm_* and so on hold for one file.
 The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
-import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib
+import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib, heapq
 import http.server, importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile
-import threading, time, tokenize, traceback, types, unicodedata, unittest
+import threading, time, tokenize, traceback, types, unicodedata, unittest, warnings
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributions as D
+import torch.utils.checkpoint
 from PIL import Image, ImageDraw, ImageFont
 
 nn, F = torch.nn, torch.nn.functional
@@ -113,7 +114,7 @@ def options(module):
     return {a.option_strings[-1]: a for a in parse(module, [])[1]._actions if a.dest != "help"}
 
 TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--inpaint": 2,
-        "--out": "run"}
+        "--depth": 5, "--out": "run"}
 
 def command(module, **flags):
     """The words of a run that takes seconds, from TINY and flags as far as the file knows them."""
@@ -4492,6 +4493,7 @@ def test_rnn_command():
             (["--text", "odd.txt"], "text .*--fresh")]]
         assert not any(wrong), wrong
 
+<<<<<<< HEAD
 # ------------------------------------------------------------------------------------------------------- pixelcnn -----
 pixelcnn = MODULES["pixelcnn"]
 
@@ -4830,6 +4832,485 @@ def test_pixelcnn_bad_values():
         quiet(ddpm.train, grey(here), iters=1, batch=2, width=8, path=here / "run" / "model.pt", fresh=True)
         refuses("ddpm.py", pixelcnn.load, here / "run" / "model.pt")
     assert not any(wrong), "\n".join(filter(None, wrong))
+=======
+# -------------------------------------------------------------------------------------------------- checkpointing -----
+ckpt = MODULES["checkpointing"]
+
+class Mixed(nn.Module):
+    """A chain of six layers of all kinds: dropout, batch-norm twice, a convolution, a layer without parameters."""
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([
+            nn.Linear(6, 12), nn.Sequential(nn.Unflatten(1, (3, 4)), nn.BatchNorm1d(3, momentum=None), nn.Tanh()),
+            nn.Dropout(0.4), nn.Conv1d(3, 3, 3, padding=1), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.ReLU()),
+            nn.Sequential(nn.Linear(12, 5), nn.Dropout(0.2))])
+
+def plans(n):
+    """{name: schedule} of every strategy, and some that none of them gives."""
+    chain = ckpt.Chain([1.0] * n, [8] * n, [24] * n, [0] * n, 0.0)
+    return {**{name: make(n, *[3] * (name == "slots")) for name, make in ckpt.STRATEGIES.items()},
+            "budget": ckpt.in_budget(chain, 60), "all": [list(range(n))],
+            "nested": [[[[0], 1], 2], *range(3, n)], "deep": [[[[[*range(n - 2)]], n - 2]], n - 1]}
+
+def outcome(schedule, needs=True, dtype=None, seed=0):
+    """All that a step of Mixed leaves: the output, gradients, buffers and the state of the generator."""
+    torch.manual_seed(seed)
+    model, x = Mixed().train(), torch.randn(7, 6, requires_grad=needs)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        y = ckpt.run(list(model.layers), schedule, x)
+    y.float().square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers(), torch.get_rng_state()]
+
+def test_checkpointing_gradients():
+    """Every strategy gives the gradients, running statistics and random numbers of no checkpoints, bit for bit: with
+    dropout and batch-norm, under autocast, and where the input needs no gradient."""
+    for needs, dtype in itertools.product((True, False), (None, torch.bfloat16, torch.float16)):
+        want = outcome(range(6), needs, dtype)
+        assert all(v is not None for v in want[2:]) and (want[1] is None) != needs
+        want = [v for v in want if v is not None]
+        assert [v.item() for v in want if v.dtype == torch.int64] == [1, 1]  # num_batches_tracked
+        for name, schedule in plans(6).items():
+            same([v for v in outcome(schedule, needs, dtype) if v is not None], want, f"{name}, {needs}, {dtype}")
+
+def test_checkpointing_chain():
+    """(1), (2): the gradients of a deep chain are those of the chain rule written out, layer after layer, and are the
+    same for every strategy, nested as deep as its schedule is; a second backward() runs all of it again."""
+    torch.manual_seed(0)
+    layers, x = [ckpt.ResidualLayer(5, 40).double() for _ in range(40)], torch.randn(3, 5).double()
+    xs = [x]
+    for layer in layers:
+        xs.append(layer(xs[-1]).detach())
+    d_x, wanted = torch.ones_like(x), []
+    for layer, x_i in zip(layers[::-1], xs[-2::-1]):
+        h = x_i @ layer.inner.weight.t() + layer.inner.bias
+        d_h = d_x @ layer.outer.weight * (h > 0)
+        wanted = [d_h.t() @ x_i, d_h.sum(0), d_x.t() @ h.relu(), d_x.sum(0), *wanted]
+        d_x = d_x + d_h @ layer.inner.weight
+    found = {}
+    for name, schedule in {**plans(40), "one slot": ckpt.in_slots(40, 1)}.items():
+        for p in (params := [p for layer in layers for p in layer.parameters()]):
+            p.grad = None
+        start = x.clone().requires_grad_()
+        y = ckpt.run(layers, schedule, start)
+        y.sum().backward(retain_graph=True)
+        found[name] = [start.grad.clone(), *(p.grad.clone() for p in params)]
+        for got, want in zip(found[name], [d_x, *wanted]):
+            near(got, want, 1e-12)  # float64, a few hundred terms of size 1
+        same(found[name], found["none"], name)
+        y.sum().backward()
+        for got, once in zip([start.grad, *(p.grad for p in params)], found[name]):
+            assert torch.equal(got, 2 * once)
+
+def test_checkpointing_values():
+    """Tensors and other things, in tuples, lists and dicts, by position and by name, go in and come out; an output that
+    nobody uses (whose slope is infinite), one without a gradient, and one that is an input, do no harm."""
+    def f(a, scale, pair, *, extra, label="no"):
+        (b, ids), c = pair, extra["c"]
+        more = [(c * 0).sqrt(), (a.detach() * 2, None)]
+        return {"sum": a * scale + b[ids] @ c, "ids": ids, "text": label, "more": more}, a
+
+    def leaves():
+        torch.manual_seed(1)
+        return [torch.randn(3, 3, requires_grad=True) for _ in range(3)]
+
+    results = []
+    for call_ in (lambda f, *args, **named: f(*args, **named)), ckpt.checkpoint:
+        a, b, c = leaves()
+        out, again = call_(f, a, 2.5, (b, torch.tensor([2, 0, 1])), extra={"c": c}, label="yes")
+        assert (out["text"], out["more"][1][1]) == ("yes", None) and out["ids"].tolist() == [2, 0, 1]
+        (out["sum"].square().sum() + again.sum()).backward()
+        results.append([out["sum"].detach(), again.detach(), a.grad, b.grad, c.grad])
+    same(*results)
+    x = torch.randn(3, requires_grad=True)
+    assert torch.equal(ckpt.checkpoint(torch.sin, x), x.sin()) and type(ckpt.checkpoint(lambda x: (x,), x)) is tuple
+    with torch.no_grad():
+        assert not ckpt.checkpoint(torch.sin, x).requires_grad
+    frozen, ids, wants = torch.ones(2), torch.tensor([1, 0]), []
+    y = ckpt.checkpoint(lambda v, i: wants.append(v.requires_grad) or v[i], frozen, ids) * x[:2]  # no gradient in it
+    y.sum().backward()
+    assert wants == [False, False]
+    near(x.grad, torch.tensor([1.0, 1.0, 0.0]))
+
+def raised(kind, function, *args):
+    """What it raises, which must be of that kind."""
+    try:
+        function(*args)
+    except kind as e:
+        return e
+    raise AssertionError(f"no {kind.__name__}")
+
+def test_checkpointing_refusals():
+    """An exception in f is that of f, on the way forth and back, and leaves generators and batch-norm in order. Inputs
+    that were changed are noticed. Second derivatives, autograd.grad() and inputs= are refused in words."""
+    class Own(Exception):
+        """Nobody else raises it."""
+
+    x, norm, error, calls = torch.randn(4, 3, requires_grad=True), nn.BatchNorm1d(3), Own("mine"), []
+
+    def f(x, good):
+        calls.append(torch.rand(1))
+        if len(calls) > good:
+            raise error
+        return norm(x)
+
+    assert raised(Own, ckpt.checkpoint, f, x, 0) is error
+    calls.clear()
+    y = ckpt.checkpoint(f, x, 1)
+    state = torch.get_rng_state()
+    assert raised(Own, y.sum().backward) is error and torch.equal(torch.get_rng_state(), state)
+    assert calls[0] == calls[1] and norm.track_running_stats and "track_running_stats" not in vars(
+        nn.modules.batchnorm._NormBase)
+    norm(x)
+    assert norm.num_batches_tracked == 2
+
+    w = torch.randn(3, requires_grad=True)
+    for bad in (lambda y: y.backward(create_graph=True), lambda y: torch.autograd.grad(y, x),
+                lambda y: torch.autograd.grad(y, x, create_graph=True), lambda y: y.backward(inputs=[x])):
+        y = ckpt.checkpoint(lambda x: (x * w).sin(), x).sum()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has one for create_graph
+            assert "only a plain loss.backward()" in str(raised(RuntimeError, bad, y)) and w.grad is None
+    for needs in True, False:
+        v = torch.ones(3)
+        y = ckpt.checkpoint(lambda v: v * w, v.requires_grad_(needs))
+        with torch.no_grad():
+            v.add_(1)
+        assert "modified" in str(raised(RuntimeError, y.sum().backward))
+
+def test_checkpointing_autocast():
+    """Autocast is put back as it was, whatever it is on the way back; the backward of f is not run under it; and casts
+    made without a gradient are not taken for those of a later use of the same weights."""
+    torch.manual_seed(0)
+    layer, x, seen, cached = nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True), [], []
+
+    def f(x):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        cached.append(seen[-1] and torch.is_autocast_cache_enabled())
+        return layer(x)
+
+    def grads(way, forth, back, twice):
+        layer.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=forth):
+            y = way(f, x)
+            y = layer(y) if twice else y  # the same weights again, now kept
+        with torch.autocast("cpu", torch.float16, enabled=back):
+            y.float().square().sum().backward()
+        return [x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()]
+
+    for forth, back, twice in itertools.product((False, True), repeat=3):
+        seen.clear()
+        got = grads(ckpt.checkpoint, forth, back, twice)
+        assert not any(cached)  # in some versions of torch a cached cast would have no gradient
+        want = grads(lambda f, x: f(x), forth, back, twice)
+        cached.clear()
+        for a, b in zip(got, want):  # without checkpoints, gradients of two uses of a cast are added as bfloat16
+            near(a, b, 0.02 * b.abs().max() if twice and forth else 0)
+        assert seen == [forth and torch.bfloat16] * 3, seen
+
+def test_checkpointing_generators():
+    """The generators of CUDA and MPS devices are wound back too, and put where they were; here they are stand-ins."""
+    one, two, devices = torch.Generator(), torch.Generator(), {torch.device("cuda", 1), torch.device("mps")}
+    with mock.patch.object(torch.cuda, "default_generators", (None, one)), mock.patch.object(
+            torch.mps, "_get_default_mps_generator", lambda: two), mock.patch.object(
+            torch.amp, "is_autocast_available", lambda kind: kind == "cpu"):
+        states, casts = ckpt.surroundings(devices)
+    assert [kind for kind, _, _ in casts] == ["cpu"] and [g for g, _ in states][1:] == [one, two]
+    draw = lambda: [torch.rand(3).tolist(), *(torch.rand(3, generator=g).tolist() for g in (one, two))]
+    first, second = draw(), draw()
+    with ckpt.replay(states):
+        assert draw() == first
+        with ckpt.replay(states):
+            assert draw() == first
+        assert draw() == second and not nn.BatchNorm1d(2).train().track_running_stats
+    assert draw() not in (first, second) and nn.BatchNorm1d(2).track_running_stats
+
+def brute_force(n, slots):
+    """The least number of steps forward without a tape, by trying all there is to do: a state is how many layers still
+    have to go back, the inputs that are held, and the one at hand."""
+    best, queue = {}, [(0, n, frozenset([0]), 0)]
+    while queue:
+        cost, left, held, at = heapq.heappop(queue)
+        if not left:
+            return cost
+        if best.setdefault((left, held, at), cost) < cost:
+            continue
+        following = [(cost, left, held, p) for p in held] + [(cost, left, held - {p}, at) for p in held]
+        if at == left - 1:
+            following += [(cost, left - 1, frozenset(p for p in held if p < left - 1), -1)]  # its way back
+        if 0 <= at < left - 1:
+            following += [(cost + 1, left, held, at + 1)]
+        if at >= 0 and len(held | {at}) <= slots:
+            following += [(cost, left, held | {at}, at)]
+        for state in following:
+            if state[0] < best.get(state[1:], math.inf):
+                best[state[1:]] = state[0]
+                heapq.heappush(queue, state)
+    return math.inf
+
+def runs(schedule):
+    """How often a layer is run by a schedule, tape or no tape."""
+    flat = lambda parts: [i for part in parts for i in ([part] if isinstance(part, int) else flat(part))]
+    return len(flat(schedule)) + sum(runs(part) for part in schedule if not isinstance(part, int))
+
+def test_checkpointing_binomial():
+    """(6), (7): dynamic programming, the closed form and the schedules agree up to 60 layers and 10 slots; for up to 8
+    layers nothing better is found by trying everything there is to do."""
+    for slots in range(1, 11):
+        t = ckpt.least_runs(60, slots)[0][slots]
+        for n in range(1, 61):
+            assert t[n] == ckpt.closed_form(n, slots) == runs(ckpt.in_slots(n, slots)) - n, (n, slots)
+    for n, slots in itertools.product(range(1, 9), range(1, 6)):
+        assert brute_force(n, slots) == ckpt.closed_form(n, slots), (n, slots)
+    assert [ckpt.closed_form(10, s) for s in (1, 2, 3)] == [45, 20, 15]
+    assert runs(ckpt.in_slots(1000, 10)) == 1000 + 3636
+    assert "--slots 1" in refusal(ckpt.in_slots, 100, 1)
+
+def test_checkpointing_counts():
+    """(3) to (7): the bytes that autograd keeps, and the runs of a layer, are the theory's, whatever the strategy."""
+    torch.manual_seed(0)
+    for n, width, batch in (1, 3, 2), (2, 3, 2), (3, 4, 1), (7, 3, 5), (16, 2, 2), (17, 2, 3), (50, 1, 1), (101, 2, 2):
+        layers, x = [ckpt.ResidualLayer(width) for _ in range(n)], torch.randn(batch, width)
+        chain, w = ckpt.profile(layers[:3], x), 4 * batch * width
+        assert set(chain.w) == {w} and set(chain.a) == {2 * w} and set(chain.last) == {0}
+        for name, slots in [*((name, 4) for name in ckpt.STRATEGIES), ("slots", 2), ("slots", 10)]:
+            schedule = ckpt.choose_schedule(name, layers, x, slots)
+            found = ckpt.count(ckpt.by_schedule(schedule), layers, x)
+            assert found == ckpt.theory(name, n, w, 2 * w, slots) and found[1] == runs(schedule), (name, n, found)
+    n = 1000
+    none = ckpt.theory("none", n, 1, 2)[0]
+    assert 20 * ckpt.theory("sqrt", n, 1, 2)[0] <= none and 80 * ckpt.theory("recursive", n, 1, 2)[0] <= none
+    t = functools.cache(lambda n: n // 2 + t(n // 2) + t(n - n // 2) if n > 1 else 0)
+    assert ckpt.theory("slots", n, 1, 2, 10) == (12, 4636) and ckpt.theory("recursive", n, 1, 2) == (12, n + t(n))
+
+def test_checkpointing_tally():
+    """Bytes are counted by storage, once, while somebody keeps them; weights and buffers are not; the peak stays."""
+    layer, x = nn.Linear(4, 4), torch.randn(5, 4, requires_grad=True)
+    with ckpt.Tally(layer.parameters()) as tally:
+        a = x * x  # x twice: 80 bytes
+        assert tally.now == 80
+        b = x[:2].exp() * x[2:4]  # parts of x, the exp that two of them keep: 32 bytes
+        assert tally.now == 112
+        c = layer(x)  # x again, and the weight
+        assert tally.now == 112
+        del a
+        assert tally.now == 112
+        (b.sum() + c.sum()).backward()
+    assert (tally.now, tally.peak) == (0, 112)
+    with ckpt.Tally() as tally:
+        layer(x)
+    assert tally.peak == 80 + 64
+
+def every_schedule(first, n):
+    """All schedules of n layers in which the last part is no list."""
+    if n == 0:
+        yield []
+    for k in range(1, n + 1):
+        for rest in every_schedule(first + k, n - k):
+            if k == 1:
+                yield [first, *rest]
+            if rest:
+                for inner in every_schedule(first, k):
+                    yield [inner, *rest]
+
+def uneven(seed, n=12):
+    """Layers of any size and kind, and an input."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = [int(v) for v in torch.randint(1, 9, (n + 1,), generator=g)]
+    kinds = [lambda a, b: nn.Linear(a, b), lambda a, b: nn.Sequential(nn.Linear(a, b), nn.ReLU()),
+             lambda a, b: nn.Sequential(nn.Linear(a, 3 * b), nn.Tanh(), nn.Linear(3 * b, b)),
+             lambda a, b: nn.Sequential(nn.Linear(a, b), nn.Sigmoid(), nn.Dropout(0.5))]
+    picks = torch.randint(len(kinds), (n,), generator=g).tolist()
+    return [kinds[k](a, b) for k, a, b in zip(picks, sizes, sizes[1:])], torch.randn(6, sizes[0], generator=g)
+
+def test_checkpointing_budget():
+    """(8): a schedule for a budget never keeps more when it runs, no equal segments that fit are faster, no schedule at
+    all where all can be tried, and what is less than the layers need is refused."""
+    for seed in range(6):
+        layers, x = uneven(seed)
+        n, chain = len(layers), ckpt.profile(layers, x)
+        chain = chain._replace(u=torch.rand(n, generator=torch.Generator().manual_seed(seed)).double().tolist(), c=0)
+        whole, least = ckpt.predict(range(n), chain)[0], chain.w[0] + max(a + b for a, b in zip(chain.a, chain.last))
+        for budget in np.linspace(1.05 * least, whole, 7).tolist():
+            schedule = ckpt.in_budget(chain, budget)
+            peak, seconds = ckpt.predict(schedule, chain)
+            found, _ = ckpt.count(ckpt.by_schedule(schedule), layers, x)
+            assert found <= peak <= budget, (seed, budget, peak, found)
+            for parts in (ckpt.segments(n, m) for m in range(1, n + 1)):
+                most, took = ckpt.predict(parts, chain)
+                assert ckpt.count(ckpt.by_schedule(parts), layers, x)[0] <= most
+                assert most > budget or took >= seconds - 1e-9, (seed, budget, parts)
+        assert ckpt.in_budget(chain, whole) == list(range(n))
+        assert "--budget" in refusal(ckpt.in_budget, chain, 0.5 * least)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        w, a, last = (rng.integers(*span, 6).tolist() for span in ((1, 9), (8, 16), (0, 4)))
+        chain = ckpt.Chain(rng.random(6).tolist(), w, a, last, rng.random() / 2)
+        tried = [ckpt.predict(parts, chain) for parts in every_schedule(0, 6)]
+        for budget in range(14, 80, 3):
+            fits = [seconds for peak, seconds in tried if peak <= budget]
+            if fits:
+                assert math.isclose(ckpt.predict(ckpt.in_budget(chain, budget), chain)[1], min(fits)), budget
+            else:
+                assert "--budget" in refusal(ckpt.in_budget, chain, budget)
+    w, a = (rng.integers(*span, 20).tolist() for span in ((10**5, 10**6), (10**6, 2 * 10**6)))  # to be rounded up
+    chain = ckpt.Chain(rng.random(20).tolist(), w, a, [0] * 20, 0)
+    for budget in np.linspace(4e6, 2e7, 9).tolist():
+        assert 0.9 * budget < ckpt.predict(ckpt.in_budget(chain, budget), chain)[0] <= budget
+    chain = ckpt.Chain([1e-3] * 300, [64] * 300, [128] * 300, [0] * 300, 0)  # in blocks
+    peak, seconds = ckpt.predict(ckpt.in_budget(chain, 64 * 60), chain)
+    assert peak <= 64 * 60 and seconds < 0.62
+
+def test_checkpointing_uneven_predicted():
+    """predict() says what autograd keeps of layers of any size and kind, if they need their inputs."""
+    for seed in range(6):
+        layers, x = uneven(seed)
+        chain = ckpt.profile(layers, x)
+        for name, schedule in plans(len(layers)).items():
+            found, times = ckpt.count(ckpt.by_schedule(schedule), layers, x)
+            peak, runs_ = ckpt.predict(schedule, chain._replace(u=[1] * len(layers), c=0))
+            assert (found, times) == (peak, runs_), (seed, name)
+
+CHILD = r"""
+import re, torch, checkpointing as c
+layers, x = [c.ResidualLayer(16, 300) for _ in range(300)], torch.randn(4096, 16)
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+for p in (p for layer in layers for p in layer.parameters()):
+    p.grad = torch.zeros_like(p)  # as after the first step; what is new would lie between what is let go
+c.there_and_back(c.by_schedule(c.segments(2)), layers[:2], x)
+sizes = [peak()]
+for make in c.segments, c.keep_all:
+    c.there_and_back(c.by_schedule(make(300)), layers, x)
+    sizes.append(peak())
+print(*sizes)
+"""
+
+def test_checkpointing_resident():
+    """What a process takes of the machine really falls: 300 layers whose activations are 157 MB."""
+    if not os.path.exists("/proc/self/status"):
+        raise unittest.SkipTest("this system does not tell the largest resident set")
+    child = subprocess.run([sys.executable, "-c", CHILD], cwd=HERE, capture_output=True, text=True, check=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    before, some, all_ = map(int, child.stdout.split())
+    assert all_ - some > 90_000 and some - before < 50_000, child.stdout  # kB
+
+def test_checkpointing_torch():
+    """Against torch's own with the same segments: the same gradients, no more bytes, and no more runs of a layer but
+    for those that its longer last segment saves."""
+    torch.manual_seed(0)
+    for n in 36, 40, 100:
+        layers, x, m = [ckpt.ResidualLayer(4, n) for _ in range(n)], torch.randn(3, 4), math.isqrt(n - 1) + 1
+        torchs = functools.partial(torch.utils.checkpoint.checkpoint_sequential, use_reentrant=True)
+        ways = [ckpt.by_schedule(ckpt.segments(n)), lambda layers, x, m=m, torchs=torchs: torchs(layers, m, x)]
+        (ours, runs_), (theirs, others) = (ckpt.count(way, layers, x) for way in ways)
+        assert ours <= theirs and others <= runs_ <= others + n % m + n // m, (n, ours, theirs)
+        grads = []
+        for way in ways:
+            for layer in layers:
+                layer.zero_grad()
+            ckpt.there_and_back(way, layers, x)
+            grads.append([p.grad for layer in layers for p in layer.parameters()])
+        same(*grads)
+
+class Block(nn.Module):
+    """A transformer block, as the README has it."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(width, heads, dropout=0.1, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1))
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x, mask=None):
+        h = self.norm_1(x)
+        x = x + self.attend(h, h, h, attn_mask=mask, need_weights=False)[0]
+        return x + self.mlp(self.norm_2(x))
+
+def test_checkpointing_transformer():
+    """One line at the call of a transformer's blocks changes no bit of what is learned, and leaves fewer bytes."""
+    def step(wrap):
+        torch.manual_seed(0)
+        blocks, x = nn.ModuleList(Block(16, 2) for _ in range(6)), torch.randn(2, 10, 16)
+        mask = nn.Transformer.generate_square_subsequent_mask(10)
+        with ckpt.Tally(blocks.parameters()) as tally:
+            for block in blocks:
+                x = ckpt.checkpoint(block, x, mask=mask) if wrap else block(x, mask=mask)
+            x.square().mean().backward()
+        return tally.peak, [p.grad for p in blocks.parameters()]
+
+    (most, plain), (least, wrapped) = step(False), step(True)
+    same(wrapped, plain)
+    assert least < most / 4, (least, most)
+
+def test_checkpointing_same_weights():
+    """Training ends with the same weights under every strategy, bit for bit, and learns to take noise off."""
+    images, kept = ckpt.draw_digits(200, 8), []
+    settings = [(name, {}) for name in ckpt.STRATEGIES] + [("slots", dict(slots=2)), ("budget", dict(budget=0.012))]
+    for name, more in settings:
+        model = quiet(ckpt.train, images, 60, 16, 3e-3, 16, 8, name, **more)
+        kept.append([*model.parameters()])
+        assert not model.training and not any(p.requires_grad for p in kept[-1])
+    for other in kept[1:]:
+        same(other, kept[0])
+    deep = ckpt.Denoiser(1, 8, 32, 300)
+    h = torch.randn(50, 32)
+    spread = ckpt.run(list(deep.layers), range(300), h).std().item()
+    assert 0.9 < spread < 1.5, spread  # whatever the depth
+    x = ckpt.to_float(images)
+    noisy = ckpt.with_noise(x, torch.Generator().manual_seed(1))
+    near((noisy - x).std(), 1, 0.02)  # 12800 pixels: 0.006
+    with workdir() as here:
+        model = quiet(ckpt.train, images, 400, 32, 3e-3, 32, 3, path=here / "model.pt")
+        loss = float((here / "log.csv").read_text().split(",")[-1])
+    error = F.mse_loss(ckpt.denoise(model, noisy, 7), x)
+    assert error < 0.6 * x.var() and abs(loss / (error / 4) - 1) < 0.2, (error, loss)  # of pixels in 0 .. 1
+    assert "12x8" in refusal(ckpt.train, torch.zeros(4, 1, 12, 8, dtype=torch.uint8).transpose(2, 3))
+
+def test_checkpointing_command():
+    """What the command says of a strategy is what it does, and the equations say; --compare trains nothing, but prints
+    a table and draws two pictures; impossible slots and budgets are refused before anything is written."""
+    with workdir() as here:
+        flags = dict(inputs(here), depth=30, iters=3)
+        words = command(ckpt, **flags)
+        files = []
+        for strategy, *more in ("none",), ("slots", "--slots", 3), ("budget", "--budget", 0.001):
+            more = ["--strategy", strategy, *more]
+            status, out, err = call(ckpt, [*words, *more, "--fresh"])
+            assert status == 0, err
+            files.append((here / "run/model.pt").read_bytes())
+            none, ours = re.findall(r"^(\w+): ([\d.]+) MB stored in 30 layers \(([\d.]+) by the equations\), "
+                                    r"(\d+) runs of a layer \((\d+)\)", out, re.M)
+            assert none == ("none", "0.004", "0.004", "30", "30") and ours[0] == strategy
+            assert ours[1] == ours[2] and ours[3] == ours[4] and int(ours[3]) > 30 - (strategy == "none")
+        assert files[0] == files[1] == files[2]
+        for more, say in ((["--strategy", "slots", "--slots", 1, "--depth", 99, "--fresh"], "--slots 1"),
+                          (["--strategy", "budget", "--budget", "1e-4", "--fresh"], "--budget 0.0001.*MB"),
+                          (["--strategy", "budget", "--budget", "nan", "--fresh"], "--budget nan"),
+                          (["--strategy", "some"], "--strategy"), (["--depth", 0], "--depth")):
+            assert not (wrong := refused(ckpt, [*words, *more], say, here)), wrong
+    with workdir() as here:
+        status, out, err = call(ckpt, [*command(ckpt, depth=30, width=64, batch=50), "--compare", "--slots", 3,
+                                        "--budget", 0.3])
+        assert status == 0 and set(os.listdir("run")) == {"memory.png", "frontier.png"}, err
+        rows = re.findall(r"^([\w -]+?) +\| +([\d.]+) \(([\d.]+)\) +\| 1/([\d.]+) +\| +(\d+) \((\d+)\)", out, re.M)
+        assert [row[0] for row in rows] == [*ckpt.STRATEGIES, "budget"] and "torch non-reentrant" in out
+        for name, peak, least, share, times, most in rows:
+            assert (peak, times) == (least, most) and abs(float(share) * float(peak) - 0.768) < 0.02
+        assert float(rows[-1][1]) <= 0.3 and rows[4][4] == str(30 + ckpt.closed_form(30, 3))
+        assert len(re.findall(r"^ +[\d.]+ \| +[\d.]+ +[\d.]+ \| ", out, re.M)) >= 2  # unequal layers
+        assert call(ckpt, [*command(ckpt), "--compare", "--depth", 1])[0] == 0
+
+def test_checkpointing_picture():
+    """On logarithmic scales a power law is a straight line, and the dots lie on their line where they agree with it."""
+    line = {"one": [(n, n**2) for n in range(1, 101)], "two": [(1, 10), (100, 10)]}
+    pixels = np.array(ckpt.plot_log(line, {"one": [(10, 100)]}, "x", "y")).astype(int)
+    black = (pixels == 0).all(2)
+    assert black[215 - 3 : 215 + 4, 325 - 3 : 325 + 4].mean() > 0.8  # the middle of 70 .. 580 and 40 .. 390
+    for share in (0.25, 0.75):
+        x, y = 70 + 510 * share, 390 - 350 * share
+        assert black[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3].sum() >= 5
+    grey = (pixels == (0x7F, 0x8C, 0x8D)).all(2)
+    assert grey[round(390 - 350 / 4) - 2 : round(390 - 350 / 4) + 3, 100:500].any(0).mean() > 0.95
+>>>>>>> checkpointing
 
 # -------------------------------------------------------------------------------------- training, several files -----
 def at_steps(loss, table):
