@@ -4493,7 +4493,6 @@ def test_rnn_command():
             (["--text", "odd.txt"], "text .*--fresh")]]
         assert not any(wrong), wrong
 
-<<<<<<< HEAD
 # ------------------------------------------------------------------------------------------------------- pixelcnn -----
 pixelcnn = MODULES["pixelcnn"]
 
@@ -4832,7 +4831,7 @@ def test_pixelcnn_bad_values():
         quiet(ddpm.train, grey(here), iters=1, batch=2, width=8, path=here / "run" / "model.pt", fresh=True)
         refuses("ddpm.py", pixelcnn.load, here / "run" / "model.pt")
     assert not any(wrong), "\n".join(filter(None, wrong))
-=======
+
 # -------------------------------------------------------------------------------------------------- checkpointing -----
 ckpt = MODULES["checkpointing"]
 
@@ -5310,7 +5309,6 @@ def test_checkpointing_picture():
         assert black[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3].sum() >= 5
     grey = (pixels == (0x7F, 0x8C, 0x8D)).all(2)
     assert grey[round(390 - 350 / 4) - 2 : round(390 - 350 / 4) + 3, 100:500].any(0).mean() > 0.95
->>>>>>> checkpointing
 
 # -------------------------------------------------------------------------------------- training, several files -----
 def at_steps(loss, table):
