@@ -84,7 +84,7 @@ def log_f(z, c, W):
     """Scores of each context with each candidate: z (..., N, Z), c (..., N, C), W (C, Z) -> (..., N, N)."""
     return TAU * F.normalize(c @ W, dim=-1) @ F.normalize(z, dim=-1).transpose(-1, -2)  # (3) is what (4) moves to
 
-def linear_probe(h, y, others, weight_decay=1e-4, iters=100):
+def linear_probe(h, y, others, weight_decay=2e-4, iters=100):
     """Logistic regression on features h (n, D) with labels y (n,), all at once, by L-BFGS -> classes of others (m,)."""
     mean, scale = h.mean(0), h.std(0, correction=0)
     scale = scale.clamp(min=0.1 * scale.max().item() + 1e-9)  # a feature that hardly varies stays small
