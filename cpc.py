@@ -44,11 +44,12 @@ and how good it is says a linear probe, logistic regression on what (7) gives, t
 
 Trip wires: with the softmax over the contexts, along the other axis, (5) would bound the same I from other negatives,
 but (1) asks which x belongs to c. Negatives must come from p(x) whatever c is: patches of c's own image do not, so each
-image gives one candidate. Log N - L cannot exceed log N: of more than that a batch of N knows nothing. An accuracy
-means little without its control: the same network, untrained, makes features that probe far better than pixels.
-Differs from the paper in: images of one digit for parts of large photographs; a patch MLP for a ResNet; cosines; rows
-k = 2 .. 4 below, with the negatives from the same place in other images; Adam's rate rises for 200 steps and then falls
-to zero; results come from an average of the weights.
+image gives one candidate. Log N - L cannot exceed log N, however much x and c share. It holds for each place r, j by
+itself; what is printed is the mean over places. The accuracy of a probe means little without its controls: features of
+the same network, untrained, are already better than pixels.
+Differs from the paper in: whole small images for parts of large ones; an MLP for a ResNet; a GRU, not a masked
+convolution; cosines; all negatives from other images; Adam's rate rises for 200 steps and then falls to zero; results
+come from an average of the weights.
 
 python cpc.py --data mnist                        ?
 python cpc.py --data photos --size 64 --channels 3
@@ -83,6 +84,13 @@ def nce_hits(scores):
 def log_f(z, c, W):
     """Scores of each context with each candidate: z (..., N, Z), c (..., N, C), W (C, Z) -> (..., N, N)."""
     return TAU * F.normalize(c @ W, dim=-1) @ F.normalize(z, dim=-1).transpose(-1, -2)  # (3) is what (4) moves to
+
+def losses(model, x, y=None):
+    """What training lowers the mean of, by images (N, C, H, W), -1 .. 1, in nats: (2) for each k -> (3,). With labels y
+    (N,), which only the network that CPC is compared with is shown, the cross-entropy of its head -> (1,)."""
+    if y is None:
+        return torch.stack([info_nce(scores).mean() for scores in model(x)])  # (2)
+    return F.cross_entropy(model.head(model.features(x)), y)[None]
 
 def linear_probe(h, y, others, weight_decay=2e-4, iters=100):
     """Logistic regression on features h (n, D) with labels y (n,), all at once, by L-BFGS -> classes of others (m,)."""
@@ -390,7 +398,7 @@ def load_labels(data, n, test=False):
     kept = [kinds.index(name) for i, name in enumerate(names) if (i % every == every - 1) == test]
     return torch.tensor(kept or [kinds.index(name) for name in names])
 
-def train(images, iters=4500, batch=64, lr=2e-3, width=256, labels=None, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=8000, batch=64, lr=2e-3, width=256, labels=None, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged model, for encode(). Seeds torch's global generator.
 
@@ -413,24 +421,20 @@ def train(images, iters=4500, batch=64, lr=2e-3, width=256, labels=None, device=
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["cpc"], device, wanted))
     columns = ("loss",) if classes else tuple(f"loss_{k}" for k in STEPS)
-    net, images = torch.compile(model) if compiled else model, images.to(device)
-    total = torch.zeros(len(columns), device=device)
-    progress, saved = Progress("iteration" if not classes else "with labels", "images", iters, done), time.time()
+    measure, images = torch.compile(losses) if compiled else losses, images.to(device)
+    labels, total = labels.to(device) if classes else None, torch.zeros(len(columns), device=device)
+    progress, saved = Progress("with labels" if classes else "iteration", "images", iters, done), time.time()
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
         index = torch.randint(len(images), (batch,), device=device)
-        x = to_float(images[index])
-        if classes:
-            losses = F.cross_entropy(model.head(model.features(x)), labels[index.cpu()].to(device))[None]
-        else:
-            losses = torch.stack([info_nce(scores).mean() for scores in net(x)])  # (2)
+        loss = measure(model, to_float(images[index]), labels[index] if classes else None)
         opt.zero_grad()
-        losses.mean().backward()
+        loss.mean().backward()
         opt.step()
         memory = min(0.998, (1 + i) / (10 + i))  # short while the weights still move fast
         for a, p in zip(average.parameters(), model.parameters()):
             a.lerp_(p.detach(), 1 - memory)
-        total += losses.detach()
+        total += loss.detach()
         if (i + 1) % 100 == 0 or i + 1 == iters:
             log.append((i + 1, *(total / (i % 100 + 1)).tolist()))  # the only place where the device is waited for
             total.zero_()
@@ -457,8 +461,8 @@ def encode(model, x, device="cpu", chunk=1000):
 
 @torch.inference_mode()
 def evaluate_nce(model, x, n=500):
-    """uint8 images (M, C, H, H) in sets of n, what is left over left out -> (3 k, 3): loss in nats, its standard error
-    over the images, share of right choices; and n, which is at most M."""
+    """uint8 images (M, C, H, H) in sets of n, the rest left out -> a row for each k, (3, 3): loss in nats, its error
+    over the images, share of right choices, all of them means over the places r, j; and n, which is at most M."""
     n, rows = min(n, len(x)), []
     for part in x[: len(x) // n * n].split(n):
         rows.append(torch.stack([torch.stack([info_nce(s).mean((0, 1)), nce_hits(s).mean((0, 1))])
