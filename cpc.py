@@ -454,9 +454,9 @@ def load(path, device="cpu"):
     return model.to(device).requires_grad_(False).eval()
 
 @torch.inference_mode()
-def encode(model, x, device="cpu", chunk=1000):
-    """Features of images (N, C, H, W), uint8 or float -1 .. 1, as the probe takes them -> (N, 288), on the device."""
-    floats = lambda part: to_float(part) if part.dtype == torch.uint8 else part
+def encode(model, x, chunk=1000):
+    """Features of images (N, C, H, W), uint8 or float -1 .. 1, wherever they are -> (N, 288), where the model is."""
+    device, floats = next(model.parameters()).device, to_float if x.dtype == torch.uint8 else torch.Tensor.float
     return torch.cat([model.features(floats(part.to(device))) for part in x.split(chunk)])
 
 @torch.inference_mode()
@@ -524,7 +524,7 @@ def main(argv=None):
         for k, (loss, error, hits) in zip(STEPS, table.tolist()):
             print(f"{k} rows ahead: loss {loss:.3f} +- {error:.3f}, I(x; c) >= {math.log(n) - loss:.3f} nats, "
                   f"the right patch picked in {hits:.2%}")
-        h, others = encode(model, images, device), encode(model, held_out, device)
+        h, others = encode(model, images), encode(model, held_out)
         near = torch.cdist(others[: args.samples], h).topk(min(9, len(h)), largest=False).indices.cpu()
         rows = torch.cat([held_out[: len(near), None], images[near]], 1)  # (samples, 10, C, H, W)
         save_grid(args.out / "neighbours.png", to_float(rows.flatten(0, 1)), rows.shape[1])
@@ -536,7 +536,7 @@ def main(argv=None):
             torch.manual_seed(args.seed)
             untrained = CPC(args.channels, args.size, args.width)  # what train() began with
             kinds = {"trained": (h, others),
-                     "untrained": [encode(untrained.to(device), x, device) for x in (images, held_out)],
+                     "untrained": [encode(untrained.to(device), x) for x in (images, held_out)],
                      "raw pixels": [to_float(x).flatten(1).to(device) for x in (images, held_out)]}
             curves = {name: learning_curve(*pair, y.to(device), wanted.to(device)) for name, pair in kinds.items()}
             png = io.BytesIO()
@@ -546,7 +546,7 @@ def main(argv=None):
             for name, curve in curves.items():
                 shares = "  ".join(f"{count}: {share:.2%}" for count, share in curve.items())
                 print(f"{name + ',':<11} {kinds[name][0].shape[1]} numbers an image:  {shares}")
-            right = (taught.head(encode(taught, held_out, device)).argmax(1).cpu() == wanted).float().mean()
+            right = (taught.head(encode(taught, held_out)).argmax(1).cpu() == wanted).float().mean()
             print(f"the same network, all of it trained with labels: {right:.2%}")
         print(f"neighbours.png in {args.out} (each row a test image and the nearest of the training images), with "
               f"{'labels.png, ' * (y is not None and wanted is not None)}log.csv, model.pt")
