@@ -398,7 +398,7 @@ def load_labels(data, n, test=False):
     kept = [kinds.index(name) for i, name in enumerate(names) if (i % every == every - 1) == test]
     return torch.tensor(kept or [kinds.index(name) for name in names])
 
-def train(images, iters=8000, batch=64, lr=2e-3, width=256, labels=None, device="cpu", seed=0, path=None, fresh=False,
+def train(images, iters=6500, batch=64, lr=2e-3, width=256, labels=None, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged model, for encode(). Seeds torch's global generator.
 
