@@ -3879,6 +3879,9 @@ def test_cpc_probe():
         more = torch.cat([h, torch.ones(90, 1).double()], 1)  # says nothing in training, and must not in the test
         wild = torch.cat([h, 1 + 1e-3 * normal(90, 1)], 1)
         assert torch.equal(cpc.linear_probe(more, y, wild, weight_decay=0.01, iters=300), got)
+        more[0, 5] += 1e-3  # nor what hardly ever says something
+        wild[:, 5] = 1 + normal(90, seed=seed)
+        assert (cpc.linear_probe(more, y, wild, weight_decay=0.01, iters=300) == got).double().mean() > 0.95
     few, most = torch.zeros(100, 1), (torch.arange(100) > 80).long()
     assert not cpc.linear_probe(few, most, few).any()  # without features the commonest class: there is a bias
 
