@@ -46,6 +46,9 @@ def each(applies=lambda module: True):
 def has_images(module):
     return hasattr(module, "load_images")
 
+def has_samples(module):
+    return hasattr(module, "save_samples")  # cpc.py makes no images
+
 def has_checkpoint(module):
     return hasattr(module, "load_checkpoint")
 
@@ -239,17 +242,18 @@ def test_repo_alone(module):
         assert set(os.listdir()) == {f"{module.__name__}.py", "run"}
         assert not list(here.rglob("*.part"))
         if has_images(module):
-            check_run_folder(here / "run", (2, 8, 8))
+            check_run_folder(module, here / "run", (2, 8, 8))
 
-def check_run_folder(out, shape):
-    """The four files of an image model's run folder are what DESIGN.md says."""
-    samples = np.load(out / "samples.npy")
-    assert samples.dtype == np.uint8 and samples.shape == shape, (samples.dtype, samples.shape)
+def check_run_folder(module, out, shape):
+    """The four files of an image model's run folder are what DESIGN.md says; two, if it makes no images."""
     head, *rows = (out / "log.csv").read_text().splitlines()
     assert head.startswith("iteration,") and all(float(v) == float(v) for row in rows for v in row.split(",")) and rows
-    with Image.open(out / "samples.png") as grid:
-        assert grid.format == "PNG" and grid.mode == ("RGB" if len(shape) == 4 else "L")
     assert "method" in torch.load(out / "model.pt", weights_only=True)
+    if has_samples(module):
+        samples = np.load(out / "samples.npy")
+        assert samples.dtype == np.uint8 and samples.shape == shape, (samples.dtype, samples.shape)
+        with Image.open(out / "samples.png") as grid:
+            assert grid.format == "PNG" and grid.mode == ("RGB" if len(shape) == 4 else "L")
 
 @each(has_images)
 def test_repo_colour_run(module):
@@ -257,7 +261,7 @@ def test_repo_colour_run(module):
     _, out, files = finished(module)
     with workdir() as here:
         unpack(files, here)
-        check_run_folder(here / "run", (2, 8, 8, 3))
+        check_run_folder(module, here / "run", (2, 8, 8, 3))
         model = module.load(here / "run" / "model.pt")
         assert model.shape == (3, 8, 8) and not model.training
         assert not any(p.requires_grad for p in model.parameters())
@@ -286,7 +290,7 @@ def definitions(source):
     visit(ast.parse(source).body)
     return found
 
-def drift(sources, exempt=("train", "sample", "load", "main", "log_prob")):
+def drift(sources, exempt=("train", "sample", "load", "main", "log_prob", "encode")):
     """The unified diffs of all names that two or more files define, and not alike."""
     diffs, first = [], {}
     for file, source in sources.items():
@@ -738,11 +742,12 @@ def test_repo_grid(module):
             assert (tile == 10 + i * channels + np.arange(channels)).all(), i
         blank = [sheet[8:10], sheet[:, 6:8], sheet[:, 14:16], sheet[10:, 16:]]
         assert len(np.unique(np.concatenate([b.reshape(-1) for b in blank]))) == 1
-    with workdir() as here:
-        module.save_samples(here, torch.zeros(70, 1, 8, 8))
-        assert np.load(here / "samples.npy").shape == (70, 8, 8)  # all of them
-        with Image.open(here / "samples.png") as sheet:
-            assert sheet.width == sheet.height  # the first 64: 8 by 8
+    if has_samples(module):
+        with workdir() as here:
+            module.save_samples(here, torch.zeros(70, 1, 8, 8))
+            assert np.load(here / "samples.npy").shape == (70, 8, 8)  # all of them
+            with Image.open(here / "samples.png") as sheet:
+                assert sheet.width == sheet.height  # the first 64: 8 by 8
 
 @each(lambda module: hasattr(module, "Progress"))
 def test_repo_progress(module):
@@ -3663,6 +3668,410 @@ def test_gan_bad_values():
         raise AssertionError(f"it trained: {gan.train(images[:, :, :6], iters=1)}")
     except ValueError as e:
         assert "8x6" in str(e)
+
+# ------------------------------------------------------------------------------------------------------------ cpc -----
+cpc = MODULES["cpc"]
+
+def some_cpc(*sizes, seed=0):
+    """A CPC whose weights are as if trained, in float64 and eval mode."""
+    return woken(cpc.CPC(*sizes), seed).double().requires_grad_(False).eval()
+
+def correlated(n, sets, rho, seed=0):
+    """Gaussian pairs with correlations rho (d,) -> scores (sets, n, n) by the density ratio itself, and I in nats."""
+    c, e = normal(sets, n, len(rho), seed=seed), normal(sets, n, len(rho), seed=seed + 9)
+    rho = torch.tensor(rho).double()
+    x, s = rho * c + (1 - rho**2).sqrt() * e, (1 - rho**2).sqrt()
+    log_ratio = D.Normal(rho * c[:, :, None], s).log_prob(x[:, None]) - D.Normal(0.0, 1.0).log_prob(x[:, None])
+    return log_ratio.sum(-1), -(1 - rho**2).log().sum() / 2
+
+def classed(here, names=("b", "a", "c"), n=25):
+    """n pictures, the i-th i + 100 all over, in subfolders by these names in turn -> {grey value: class}."""
+    kinds = {}
+    for i in range(n):
+        file = here / "pics" / names[i % len(names)] / ("deep" if i % 4 else ".") / f"{i:02}{('.png', '.PNG')[i % 2]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i + 100).save(file)
+        kinds[i + 100] = sorted(names).index(names[i % len(names)])
+    return kinds
+
+def test_cpc_loss_by_hand():
+    """(2): of each context, over its candidates, N numbers; the other axis gives other numbers."""
+    scores = torch.tensor([[1.0, 3, 1], [1, 2, 1], [1, 1, 1]]).double().log()
+    near(cpc.info_nce(scores), [math.log(5), math.log(2), math.log(3)], 1e-12)  # 1/5, 2/4, 1/3
+    near(cpc.info_nce(scores.t()), [math.log(3), math.log(3), math.log(3)], 1e-12)  # 1/3, 2/6, 1/3
+    near(cpc.nce_bound(scores), [math.log(3 / 5), math.log(3 / 2), 0], 1e-12)
+    assert cpc.nce_hits(torch.tensor([[1.0, 2, 0], [0, 2, 1], [0, 4, 3]])).tolist() == [0, 1, 0]
+    assert cpc.nce_hits(torch.tensor([[1.0, 2, 0], [0, 2, 1], [0, 4, 3]]).t()).tolist() == [1, 0, 1]
+    for seed in SEEDS:
+        scores = normal(2, 3, 5, 5, seed=seed)
+        f = scores.exp()
+        want = [-math.log(f[a, b, i, i] / sum(f[a, b, i, j] for j in range(5)))
+                for a, b, i in itertools.product(range(2), range(3), range(5))]
+        near(cpc.info_nce(scores).flatten(), want, 1e-12)
+        near(cpc.info_nce(scores + normal(2, 3, 5, 1, seed=9)).flatten(), want, 1e-12)  # a factor of c alone
+        assert (cpc.info_nce(scores + normal(2, 3, 1, 5, seed=9)).flatten() - torch.tensor(want)).abs().min() > 1e-3
+        assert cpc.info_nce(1e4 * scores).isfinite().all()
+
+def test_cpc_scores():
+    """(4): the score [i, j] is tau times the cosine of candidate j with what W_k makes of context i."""
+    for seed in SEEDS:
+        z, c, W = normal(2, 4, 7, seed=seed), normal(2, 4, 5, seed=seed + 9), normal(5, 7, seed=seed + 99)
+        got = cpc.log_f(z, c, W)
+        assert got.shape == (2, 4, 4)
+        for a, i, j in itertools.product(range(2), range(4), range(4)):
+            guess = torch.einsum("c,cz->z", c[a, i], W)
+            near(got[a, i, j], 10 * (guess * z[a, j]).sum() / guess.norm() / z[a, j].norm(), 1e-12)
+
+def test_cpc_random_scores():
+    """(2): scores that know nothing have a loss of log N and pick the right one in N times; so has a new network."""
+    for n in 2, 10, 300:
+        near(cpc.info_nce(torch.zeros(3, n, n)), math.log(n), 1e-5)
+        scores = 0.01 * normal(40, n, n)
+        loss, hits = cpc.info_nce(scores), cpc.nce_hits(scores)
+        near(loss.mean(), math.log(n), 1e-4 + 4.5 * 0.01 / loss.numel() ** 0.5)
+        near(hits.mean(), 1 / n, 4.5 * (1 / n / hits.numel()) ** 0.5)
+        near(cpc.nce_bound(scores).mean(), 0, 1e-4 + 4.5 * 0.01 / loss.numel() ** 0.5)
+    torch.manual_seed(0)
+    for scores in cpc.CPC(1, 14, 16)(torch.rand(100, 1, 14, 14)):  # every pixel drawn by itself: nothing to be known
+        assert cpc.info_nce(scores).mean() > math.log(100) and 0.003 < cpc.nce_hits(scores).mean() < 0.03
+
+def test_cpc_shuffled():
+    """(2): with the best scores there are, but the candidates in another order, the choice is no better than chance."""
+    n, scores = 50, correlated(50, 40, [0.95, 0.9, 0.8])[0]
+    assert cpc.nce_hits(scores).mean() > 0.4
+    for seed in SEEDS:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        order = order[(order.argsort() + 1) % n]  # a cycle through all, so that none stays where it was
+        assert sorted(order.tolist()) == list(range(n)) and (order != torch.arange(n)).all()
+        wrong = scores[:, :, order]
+        near(cpc.nce_hits(wrong).mean(), 1 / n, 4.5 * (1 / n / 2000) ** 0.5)
+        assert cpc.info_nce(wrong).mean() > math.log(n) > cpc.info_nce(scores).mean()
+
+def test_cpc_bound_of_gaussians():
+    """(3), (5): on Gaussians of known I the density ratio's bound is below I, rises with N, and comes near."""
+    for rho, most in (([0.9, 0.7], 0.02), ([0.5], 0.005), ([0.0, 0.0], 1e-9), ([0.99, 0.9, 0.9], 0.2)):
+        last = -1e-9
+        for n, sets in (2, 5000), (8, 1000), (64, 50), (512, 4):
+            scores, known = correlated(n, sets, rho)
+            nats = cpc.nce_bound(scores).mean(1)
+            mean, error = nats.mean().item(), nats.std().item() / sets**0.5 + 4 / n / sets  # rough for so few sets
+            assert mean < known + 3 * error and mean <= math.log(n), (rho, n, mean, known)
+            assert mean > last - 3 * error, (rho, n, mean, last)
+            last = mean
+            for worse in scores / 2, 2 * scores, scores.transpose(1, 2) + 3 * normal(sets, 1, n):
+                assert (cpc.nce_bound(worse).mean() <= mean + 1e-9) if any(rho) else True
+        assert known - mean < most + 0.1 * any(rho), (rho, mean, known)
+    many = correlated(8, 2000, [0.9999] * 4)
+    assert many[1] > 15 and math.log(8) - 1e-3 < cpc.nce_bound(many[0]).mean() <= math.log(8)  # no more than log N
+
+def enumerated(f, joint, n):
+    """log N - L, exactly, for the scores f (x, c) of a table p(x, c), by all sets of n candidates."""
+    p, total = joint.sum(1), 0
+    for c, *x in itertools.product(range(joint.shape[1]), *[range(len(joint))] * n):
+        scores = torch.stack([f[j, c] for j in x]).expand(n, n)
+        total = total + joint[x[0], c] * math.prod(p[j] for j in x[1:]) * cpc.nce_bound(scores)[0]  # x[0] is c's own
+    return total
+
+def test_cpc_bound_by_enumeration():
+    """(1), (3), (5): on a small table, with all sets of candidates, exactly: no f passes I, and (3) is the best f."""
+    for seed, n in itertools.product(SEEDS, (2, 3)):
+        joint = normal(4, 3, seed=seed).exp()
+        joint /= joint.sum()  # p(x, c), 4 x 3
+        ratio = joint / joint.sum(1, keepdim=True) / joint.sum(0)
+        known, best = (joint * ratio.log()).sum(), ratio.log().requires_grad_()
+        value = enumerated(best, joint, n)
+        assert 0.3 * known < value < known and torch.autograd.grad(value, best)[0].abs().max() < 1e-12
+        for other in SEEDS:
+            assert enumerated(ratio.log() + normal(4, 3, seed=other), joint, n) < value
+        near(enumerated(ratio.log() + normal(1, 3), joint, n), value.item(), 1e-12)
+        posterior = ratio[[2, 0, 1], 0]
+        near((-cpc.info_nce(posterior.log().expand(3, 3))).exp(), posterior / posterior.sum(), 1e-12)
+
+def strips(model, rows, columns):
+    """Which pixels of an image lie in these strips of model.side pixels, as a mask (H, W)."""
+    s, size = model.side, model.shape[2]
+    seen, before = torch.zeros(7 * s, 7 * s, dtype=torch.bool), (7 * s - size) // 2
+    seen[max(0, rows[0]) * s : rows[1] * s, max(0, columns[0]) * s : columns[1] * s] = True
+    return seen[before : before + size, before : before + size]
+
+def seen_by(v, x):
+    """The pixels (N, H, W) of x (N, C, H, W) on which v depends, by autograd; all channels count, or none does."""
+    depends = torch.autograd.grad(v.sum(), x, retain_graph=True)[0] != 0
+    assert torch.equal(depends.all(1), depends.any(1))
+    return depends.all(1)
+
+def test_cpc_predicts_what_it_has_not_seen():
+    """(6): by autograd's Jacobian c has seen each pixel above and beside it, and none of the patch that it is scored
+    with; that patch lies k rows below in the same column; and no image sees another."""
+    for channels, size in (1, 28), (3, 14), (1, 8), (1, 10):
+        model, x = some_cpc(channels, size, 24), normal(2, channels, size, size).requires_grad_()
+        with mock.patch.object(cpc, "log_f") as log_f:
+            model(x)
+        assert cpc.STEPS == (2, 3, 4) and log_f.call_count == 3
+        for k, ((z, c, W), _) in zip((2, 3, 4), log_f.call_args_list):
+            assert z.shape == (6 - k, 6, 2, 32) and c.shape == (6 - k, 6, 2, 64) and W is model.W[k - 2]
+            for r, j in itertools.product(range(6 - k), range(6)):
+                (other, target), (another, past) = seen_by(z[r, j, 1], x), seen_by(c[r, j, 1], x)
+                assert not other.any() and not another.any()
+                assert torch.equal(target, strips(model, (r + k, r + k + 2), (j, j + 2))), (k, r, j)
+                assert torch.equal(past, strips(model, (0, r + 2), (j - 1, j + 3))), (k, r, j)
+                assert not (past & target).any()
+                assert past.any() or size == 8  # of which the first strip and a half is black that was added
+
+def test_cpc_forward():
+    """(4), (6): forward() gives, for each k, the scores of every context with the patches k rows below it."""
+    model, x = some_cpc(1, 8, 8), normal(5, 1, 8, 8)
+    z = model.encoder(model.patches(x))
+    c = model.context(z)
+    near(c[:4], model.context(z[:4]), 1e-12)  # rows below change nothing
+    got = model(x)
+    assert len(got) == 3
+    for k, W, scores in zip((2, 3, 4), model.W, got):
+        assert scores.shape == (6 - k, 6, 5, 5)
+        for r, j in itertools.product(range(6 - k), range(6)):
+            near(scores[r, j], cpc.log_f(z[r + k, j], c[r, j], W), 1e-10)
+
+def test_cpc_features():
+    """(7): means of z over 2 x 2 patches, row by row; bytes or floats, in pieces of any size, alone or among others."""
+    for channels, size in (1, 28), (3, 8):
+        model = some_cpc(channels, size, 8).float()
+        images = torch.arange(7 * channels * size * size).mul(7919).to(torch.uint8).view(7, channels, size, size)
+        x, s = cpc.to_float(images), model.side
+        got = cpc.encode(model, images)
+        assert got.shape == (7, 288) and got.dtype == torch.float32
+        before = (7 * s - size) // 2
+        padded = torch.full((7, channels, 7 * s, 7 * s), -1.0)
+        padded[:, :, before : before + size, before : before + size] = x
+        z = {(r, j): model.encoder(padded[:, :, r * s : (r + 2) * s, j * s : (j + 2) * s].flatten(1))
+             for r in range(6) for j in range(6)}
+        want = [(z[r, j] + z[r + 1, j] + z[r, j + 1] + z[r + 1, j + 1]) / 4 for r in (0, 2, 4) for j in (0, 2, 4)]
+        near(got, torch.cat(want, 1), 1e-5)
+        near(cpc.encode(model, x), got, 1e-5)
+        near(cpc.encode(model, x, chunk=3), got, 1e-5)
+        near(cpc.encode(model, x[2:3]), got[2:3], 1e-5)
+
+def test_cpc_network():
+    """Any size from 7 on, grey or colour; each weight counts in the loss; a size too small is said."""
+    for channels, size in itertools.product((1, 3), (7, 8, 13, 28, 32)):
+        model = woken(cpc.CPC(channels, size, 8))
+        x = normal(4, channels, size, size).float()
+        assert model.shape == (channels, size, size) and model.head is None
+        sum(cpc.info_nce(scores).mean() for scores in model(x)).backward()
+        for name, p in model.named_parameters():
+            assert p.grad.any() and p.grad.isfinite().all(), name
+    model = cpc.CPC(1, 8, 8, 5)
+    assert model.head(model.features(torch.rand(2, 1, 8, 8))).shape == (2, 5)
+    refuses("--size 6.*7 pixels", cpc.CPC, 1, 6)
+
+def test_cpc_probe():
+    """(8): the probe is where the penalised loss of standardised features, by autograd and in float64, has no slope."""
+    for seed in SEEDS:
+        mix, y = 2 * normal(3, 5, seed=seed), torch.arange(90) % 3
+        h = (mix[y] + 2 * normal(90, 5, seed=seed + 9)) * torch.tensor([1.0, 3, 1, 1, 5]).double() + 7
+        with mock.patch.object(torch.optim, "LBFGS", side_effect=torch.optim.LBFGS) as optimiser:
+            got = cpc.linear_probe(h, y, h, weight_decay=0.01, iters=300)
+        V = optimiser.call_args[0][0][0].detach().clone().requires_grad_()
+        g = F.pad((h - h.mean(0)) / h.std(0, correction=0), (0, 1), value=1)
+        loss = F.cross_entropy(g @ V.t(), y) + 0.005 * V.square().sum()
+        assert V.shape == (3, 6) and torch.autograd.grad(loss, V)[0].abs().max() < 1e-5 and V.abs().max() > 0.5
+        assert torch.equal(got, (g @ V.t()).argmax(1)) and 0.6 < (got == y).double().mean()
+        scaled = cpc.linear_probe(3e3 * h - 5, y, 3e3 * h - 5, weight_decay=0.01, iters=300)
+        assert torch.equal(scaled, got)
+        more = torch.cat([h, torch.ones(90, 1).double()], 1)  # says nothing in training, and must not in the test
+        wild = torch.cat([h, 1 + 1e-3 * normal(90, 1)], 1)
+        assert torch.equal(cpc.linear_probe(more, y, wild, weight_decay=0.01, iters=300), got)
+        more[0, 5] += 1e-3  # nor what hardly ever says something
+        wild[:, 5] = 1 + normal(90, seed=seed)
+        assert (cpc.linear_probe(more, y, wild, weight_decay=0.01, iters=300) == got).double().mean() > 0.95
+    few, most = torch.zeros(100, 1), (torch.arange(100) > 80).long()
+    assert not cpc.linear_probe(few, most, few).any()  # without features the commonest class: there is a bias
+
+def test_cpc_learning_curve():
+    """The numbers of labels are 10, 100, 1000 and all, each from the training part; what is scored is the test part."""
+    h, others = normal(1500, 3).float(), normal(40, 3, seed=5).float()
+    y, wanted, asked = (h[:, 0] > 0).long(), (others[:, 0] > 0).long(), []
+
+    def probe(features, labels, tests):
+        asked.append(len(features))
+        places = (features[:, None] == h).all(2).long().argmax(1)
+        assert torch.equal(h[places], features) and torch.equal(y[places], labels) and torch.equal(tests, others)
+        assert len(places.unique()) == len(features)
+        return wanted if len(features) != 100 else 1 - wanted
+
+    with mock.patch.object(cpc, "linear_probe", probe):
+        assert cpc.learning_curve(h, others, y, wanted) == {10: 1, 100: 0, 1000: 1, 1500: 1}
+        assert asked == [10] * 5 + [100] * 5 + [1000] * 5 + [1500]
+        assert list(cpc.learning_curve(h[:10], others, y[:10], wanted)) == [10]
+    curve = cpc.learning_curve(h, others, y, wanted)
+    assert curve[1500] > 0.9 and curve == cpc.learning_curve(h, others, y, wanted)
+
+def test_cpc_plot():
+    """A line for each kind, better accuracies higher, more labels to the right; one count alone is drawn, too."""
+    curves = {"one": {10: 0.5, 100: 0.9, 60000: 0.99}, "two": {10: 0.3, 60000: 1.0}, "three": {10: 0, 60000: 0}}
+    image = np.array(cpc.plot_labels(curves))[30:]
+    places = [np.argwhere((image == colour).all(2)) for colour in ((192, 57, 43), (36, 113, 163), (127, 140, 141))]
+    for spots in places:
+        assert np.ptp(spots[:, 1]) > 600
+    high = [[spots[spots[:, 1] == column][:, 0].mean() for column in (72, 728)] for spots in places]
+    assert high[0][0] < high[1][0] < high[2][0] and high[1][1] < high[0][1] < high[2][1] and high[0][1] < high[0][0]
+    assert cpc.plot_labels({"one": {10: 0.5}}).size == (760, 440)
+
+def test_cpc_labels():
+    """Labels come in the order and in the parts in which load_images gives the images, or not at all."""
+    rng = np.random.default_rng(0)
+    with workdir() as here:
+        for names, n in ((("b", "a", "c"), 25), (("x", "y"), 3)):
+            with workdir() as inside:
+                kinds = classed(inside, names, n)
+                for test in False, True:
+                    images = cpc.load_images("pics", 8, test=test)
+                    labels = cpc.load_labels("pics", len(images), test)
+                    assert labels.dtype == torch.int64
+                    assert labels.tolist() == [kinds[grey] for grey in images[:, 0, 0, 0].tolist()], test
+                (inside / "pics" / "notes").mkdir()
+                (inside / "pics" / "notes" / "a.txt").write_text("no picture, no class")
+                assert cpc.load_labels("pics", len(images), True).tolist() == labels.tolist()
+                Image.new("L", (8, 8)).save(inside / "pics" / "loose.png")
+                assert cpc.load_labels("pics", len(images), True) is None  # of no class
+        with workdir() as inside:
+            classed(inside, ("only",), 5)
+            assert cpc.load_labels("pics", 4) is None and cpc.load_labels("pics", 1, True) is None
+        with workdir() as inside:
+            classed(inside, ("a",), 1)
+            Image.new("L", (8, 8)).save(inside / "pics" / "a" / "z.png")
+        train, test = (rng.integers(0, 256, (n, 8, 8), dtype=np.uint8) for n in (5, 3))
+        files = {"train-images-idx3-ubyte": idx(train), "t10k-images-idx3-ubyte": idx(test)}
+        unpack({f"idx/{name}": raw for name, raw in files.items()}, here)
+        assert cpc.load_labels("idx", 5) is None and cpc.load_labels("idx", 3, True) is None
+        unpack({"idx/train-labels-idx1-ubyte.gz": gzip.compress(idx(train[:, 0, 0])),
+                "idx/t10k-labels-idx1-ubyte": idx(test[:, 0, 0])}, here)
+        for want, n, part in (train, 5, False), (test, 3, True):
+            assert cpc.load_labels("idx", n, part).tolist() == want[:, 0, 0].tolist()
+        refuses("train-labels.* want 4 labels.*5", cpc.load_labels, "idx", 4)
+        (here / "idx/t10k-labels-idx1-ubyte").write_bytes(idx(test[:, 0, 0])[:-1])
+        refuses("t10k-labels", cpc.load_labels, "idx", 3, True)
+    assert cpc.load_labels("digits", 23).tolist() == [*range(10), *range(10), 0, 1, 2]
+
+def test_cpc_real_labels():
+    """MNIST's labels are those of its images, where the environment variable MNIST names its folder."""
+    if "MNIST" not in os.environ:
+        raise unittest.SkipTest("MNIST names no folder")
+    for test, n, first, counts in ((False, 60000, [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], [5923, 6742]),
+                                   (True, 10000, [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], [980, 1135])):
+        labels = cpc.load_labels(os.environ["MNIST"], n, test)
+        assert labels[:10].tolist() == first and labels.bincount()[:2].tolist() == counts
+
+def test_cpc_evaluate():
+    """The report is the mean over places and images, in sets of n, of the functions above; few images are one set."""
+    model = some_cpc(1, 8, 8).float()
+    images = torch.randint(256, (23, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for n, used in (10, 20), (23, 23), (500, 23):
+        table, sets = cpc.evaluate_nce(model, images, n)
+        assert sets == min(n, 23) and table.shape == (3, 3)
+        parts = [model(cpc.to_float(images[i : i + sets])) for i in range(0, used, sets)]
+        for k in range(3):
+            loss = torch.cat([cpc.info_nce(scores[k]).mean((0, 1)) for scores in parts])
+            hits = torch.cat([cpc.nce_hits(scores[k]).mean((0, 1)) for scores in parts])
+            assert len(loss) == used
+            near(table[k], torch.stack([loss.mean(), loss.std(correction=0) / used**0.5, hits.mean()]), 1e-5)
+
+def test_cpc_training_learns():
+    """300 steps on digits tell patches apart; the averaged network profits; labels are learned where they are given."""
+    images, labels = cpc.draw_digits(400, 14), torch.arange(400) % 10
+    with workdir() as here:
+        average = quiet(cpc.train, images, iters=200, batch=32, lr=4e-3, width=32, path=here / "model.pt")
+        head, *rows = ([*line.split(",")] for line in (here / "log.csv").read_text().split())
+        taught = quiet(cpc.train, images, 200, 32, 4e-3, 32, labels, path=here / "taught.pt")
+        refuses("classes 10, not 0", cpc.train, images, 200, 32, 4e-3, 32, path=here / "taught.pt")
+        refuses("labels .*--fresh", cpc.train, images, 200, 32, 4e-3, 32, labels.flip(0), path=here / "taught.pt")
+        same(dict(cpc.load(here / "taught.pt").state_dict()), dict(taught.state_dict()))
+    assert head == ["iteration", "loss_2", "loss_3", "loss_4"] and [row[0] for row in rows] == ["100", "200"]
+    assert float(rows[0][1]) > float(rows[1][1]) and 0.5 < float(rows[0][1]) < math.log(32)
+    fresh = cpc.draw_digits(320, 14, seed=1)
+    table, n = cpc.evaluate_nce(average, fresh, 32)
+    assert (table[:, 0] < math.log(32) - 0.2).all() and (table[:, 2] > 2 / 32).all(), table
+    assert table[0, 0] < table[2, 0] - 0.2, table  # what is nearer is easier
+    right = taught.head(cpc.encode(taught, fresh)).argmax(1) == torch.arange(320) % 10
+    assert right.float().mean() > 0.9
+    assert average.head is None and not average.training
+
+def test_cpc_training_steps():
+    """The loss is the mean over k of (2) on the images that were drawn; the average is of all weights, and growing."""
+    flat = lambda parameters: torch.cat([p.detach().flatten() for p in parameters]).double()
+    images, seen, passed, real = cpc.draw_digits(8, 8), [], [], cpc.CPC.forward
+
+    def forward(model, x):
+        seen.append(x)
+        passed.append(flat(model.parameters()))
+        return real(model, x)
+
+    with workdir() as here, mock.patch.object(cpc.CPC, "forward", forward):
+        average = quiet(cpc.train, images, iters=20, batch=3, lr=0.1, width=8, path=here / "model.pt")
+        last, _, _ = torch.load(here / "model.pt", weights_only=True)["parts"]
+        logged = [float(v) for v in (here / "log.csv").read_text().split()[1].split(",")[1:]]
+    want, losses = passed[0], torch.zeros(3).double()
+    known, model = {tuple(image.flatten().tolist()) for image in cpc.to_float(images)}, cpc.CPC(1, 8, 8)
+    for i, (x, weights) in enumerate(zip(seen, passed)):
+        assert x.shape == (3, 1, 8, 8) and all(tuple(image.flatten().tolist()) in known for image in x)
+        nn.utils.vector_to_parameters(weights.float(), model.parameters())
+        losses += torch.stack([cpc.info_nce(scores).mean() for scores in real(model, x)]).detach() / 20
+        after = passed[i + 1] if i < 19 else flat(last.values())
+        memory = min(0.998, (1 + i) / (10 + i))
+        want = memory * want + (1 - memory) * after
+    near(logged, losses, 1e-4)
+    near(flat(average.parameters()), want, 1e-6)
+    assert len({tuple(x.flatten().tolist()) for batch in seen for x in batch}) == 8  # all of them
+    train = lambda seed: quiet(cpc.train, images, iters=20, batch=3, lr=0.1, width=8, seed=seed).state_dict()
+    same(dict(average.state_dict()), dict(train(0)))
+    assert not torch.equal(train(0)["W.0"], train(1)["W.0"])
+
+def test_cpc_command():
+    """What the run prints and draws is what its model's functions give; with labels there is a probe, without none."""
+    less = mock.patch.object(cpc.linear_probe, "__defaults__", (2e-4, 20))  # iterations of the probe
+    with workdir() as here, less:
+        kinds = classed(here, n=60)
+        words = command(cpc, data="pics", iters=12, batch=4, samples=3)
+        status, out, err = call(cpc, words)
+        assert (status, err) == (0, ""), err
+        images, held_out = (cpc.load_images("pics", 8, test=test) for test in (False, True))
+        y, wanted = (torch.tensor([kinds[v] for v in x[:, 0, 0, 0].tolist()]) for x in (images, held_out))
+        model, taught = cpc.load(here / "run" / "model.pt"), cpc.load(here / "run" / "labels" / "model.pt")
+        table, n = cpc.evaluate_nce(model, held_out)
+        assert n == 6 and f"sets of 6, so log N = {math.log(6):.3f} nats, and chance is 16.67%" in out
+        for k, (loss, error, hits) in zip((2, 3, 4), table.tolist()):
+            assert (f"{k} rows ahead: loss {loss:.3f} +- {error:.3f}, I(x; c) >= {math.log(6) - loss:.3f} nats, "
+                    f"the right patch picked in {hits:.2%}") in out, out
+        torch.manual_seed(0)
+        untrained = cpc.CPC(1, 8, 8)
+        flat = lambda x: cpc.to_float(x).flatten(1)
+        for name, numbers, f in (("trained", 288, functools.partial(cpc.encode, model)), ("raw pixels", 64, flat),
+                                 ("untrained", 288, functools.partial(cpc.encode, untrained))):
+            curve = cpc.learning_curve(f(images), f(held_out), y, wanted)
+            shares = "  ".join(f"{n}: {share:.2%}" for n, share in curve.items())
+            assert re.search(f"{name}, +{numbers} numbers an image:  {shares}\n", out) and list(curve) == [10, 54], out
+        right = (taught.head(cpc.encode(taught, held_out)).argmax(1) == wanted).float().mean()
+        assert f"trained with labels: {right:.2%}" in out
+        rows = tiles(here / "run" / "neighbours.png", 8, 10).reshape(3, 10, 8, 8)
+        assert np.array_equal(rows[:, 0], held_out[:3, 0])
+        h, queries = cpc.encode(model, images), cpc.encode(model, held_out[:3])
+        for row, query in zip(rows, queries):
+            order = (h - query).square().sum(1).argsort()[:9]
+            assert np.array_equal(row[1:], images[order, 0])
+        assert {"labels.png", "neighbours.png"} < set(os.listdir("run"))
+        assert cpc.load(here / "run" / "model.pt").head is None and "labels.png" in out.splitlines()[-1]
+        (here / "pics" / "a").rename(here / "pics" / "d")  # the same images, in another order
+        wrong = [refused(cpc, words, "images .*--fresh", here)]
+        wrong += [refused(cpc, [*words, *flags], say, here) for flags, say in (
+            (["--size", "6"], "--size 6"), (["--batch", "1"], "--batch 1.*negatives"), (["--samples", "0"], "samples"))]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+    with workdir() as here:
+        paint(here / "flat", 12)
+        status, out, err = call(cpc, command(cpc, data="flat"))
+        assert (status, err) == (0, "") and "no labels" in out and "labels.png" not in out and "probe:" not in out
+        assert "labels.png" not in os.listdir("run") and "labels" not in os.listdir("run") and "rows ahead" in out
+        quiet(ddpm.train, grey(here), iters=1, batch=2, width=8, path=here / "run" / "model.pt", fresh=True)
+        assert not (wrong := refused(cpc, command(cpc, data="flat"), "ddpm.py", here)), wrong
+    refuses("12x8", cpc.train, torch.zeros(4, 1, 8, 12, dtype=torch.uint8), iters=1)
 
 # ------------------------------------------------------------------------------------------------------------ bpe -----
 bpe = MODULES["bpe"]
