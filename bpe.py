@@ -167,17 +167,14 @@ def merge_word(ids, pairs, made):
     """The ids of a word's bytes -> the ids of its tokens. pairs: {(a, b): rank}; made: [rank] -> id."""
     if len(ids) > 100:
         return merge_long(ids, pairs, made)
-    ids, none = list(ids), len(made)
-    ranks = [pairs.get(pair, none) for pair in zip(ids, ids[1:])]
-    while ranks and (best := min(ranks)) < none:
+    ids, none, get = [*ids, -1], len(made), pairs.get
+    ranks = [*map(get, zip(ids, ids[1:]), itertools.repeat(none)), none]  # of each id and the one after it
+    while (best := min(ranks)) < none:
         i = ranks.index(best)
         ids[i] = made[best]  # (7)
-        del ids[i + 1], ranks[i]
-        if i:
-            ranks[i - 1] = pairs.get((ids[i - 1], ids[i]), none)
-        if i < len(ranks):
-            ranks[i] = pairs.get((ids[i], ids[i + 1]), none)
-    return ids
+        del ids[i + 1], ranks[i + 1]
+        ranks[i - 1], ranks[i] = get((ids[i - 1], ids[i]), none), get((ids[i], ids[i + 1]), none)
+    return ids[:-1]
 
 def merge_long(ids, pairs, made):
     """The same as merge_word(), in n log n steps."""
@@ -228,8 +225,8 @@ class BPE:
         self.bytes = {i: raw for raw, i in self.tokens.items()} | {i: s.encode() for s, i in self.special.items()}
         if len(self.bytes) < len(self.tokens) + len(self.special):
             raise ValueError("two tokens have the same id")
-        if odd := [i for i in self.bytes if not isinstance(i, int)]:
-            raise ValueError(f"an id is a whole number, not {odd[0]!r}")
+        if odd := [i for i in self.bytes if not isinstance(i, int) or i < 0]:
+            raise ValueError(f"an id is a whole number from 0 on, not {odd[0]!r}")
         try:
             self.first = [self.tokens[bytes([b])] for b in range(256)]  # [byte] -> id
             self.made, self.pairs = [self.tokens[a + b] for a, b in self.merges], {}
@@ -238,7 +235,7 @@ class BPE:
         except KeyError as e:
             raise ValueError(f"the merges or the bytes need the token {e.args[0]!r}, which is not there") from None
         self.words = Table(self.merge)
-        self.heads, self.pieces = Table(self._ids), Table(lambda piece: self._ids(whole(piece)))
+        self.heads, self.pieces = Table(self._ids), Table(self._piece)
 
     def merge(self, word):
         """The ids of a pre-token, bytes -> a tuple."""
@@ -255,11 +252,14 @@ class BPE:
         return self
 
     def _ids(self, part):
-        first, *rest = pre_tokens(part) or [b""]
-        ids = self.words[first]
-        for word in rest:
-            ids += self.words[word]
-        return ids
+        return tuple(itertools.chain.from_iterable(map(self.words.__getitem__, pre_tokens(part))))
+
+    def _piece(self, piece):
+        stem = piece.rstrip(CLOSING)
+        if not stem.isalpha():
+            return self._ids(whole(piece))
+        closing = piece[len(stem):]
+        return self.pieces[stem] + self.words[closing] if closing else self.merge(b" " + piece)  # (1)
 
     @classmethod
     def train(cls, text, vocab_size, special=()):

@@ -4303,7 +4303,8 @@ def test_bpe_formats():
         assert (here / "again/ranks.tiktoken").read_bytes() == (here / "run/ranks.tiktoken").read_bytes()
         files = snapshot(here / "run")
         bad = {"vocab.json": [b"", b"[]", b"{", b'{"a": 0}', files["vocab.json"].replace(b" 256,", b' "256",'), b"\xff",
-                              files["vocab.json"].replace(b" 256,", b" 255,")],
+                              files["vocab.json"].replace(b" 256,", b" 255,"),
+                              files["vocab.json"].replace(b" 256,", b" -256,")],
                "merges.txt": [b"one\n", b"a b c\n", b"zz zz\n", "日 a\n".encode(), b"\xff"],
                "ranks.tiktoken": [b"x", b"!!!! 1\n", b"YQ== a\n", b"", b"YQ== 0\n"]}
         for name, raws in bad.items():
@@ -4320,6 +4321,35 @@ def test_bpe_unreachable():
     assert other.encode("abc bc") == [256, tokens[b"c"], 220, 257]  # ab is older than bc, so abc never comes to be
     twice = bpe.BPE(tokens, [(b"a", b"b"), (b"b", b"c"), (b"a", b"b")])  # listed again, ab is the younger one
     assert twice.encode("abc") == [tokens[b"a"], 257]
+
+def test_bpe_any_merges():
+    """Lists of merges as no trainer makes them (a token made in several ways, a part younger than the whole, pairs
+    listed twice): a text that comes for the first time and again has the ids of a scan of each word, oldest first."""
+    rng, several, younger = np.random.default_rng(4), 0, 0
+    for n in range(400):
+        tokens, pool, merges = {bytes([b]): b for b in range(256)}, letters("aaabb ,."), []
+        for _ in range(int(rng.integers(1, 30))):
+            a, b = (pool[int(i)] for i in rng.integers(0, len(pool), 2))
+            if len(a + b) < 6:
+                pool.append(a + b)
+                merges.append((a, b))
+                tokens.setdefault(a + b, len(tokens))
+        merges = [merges[i] for i in rng.permutation(len(merges))]
+        several += len({a + b for a, b in merges}) < len(set(merges))
+        younger += any(a in [c + d for c, d in merges[k + 1 :]] for k, (a, _) in enumerate(merges))
+        rank = {pair: k for k, pair in enumerate(merges)}
+        made = bpe.BPE(tokens, merges)
+        for ready in made, bpe.BPE(tokens, merges).prepare():
+            text, want = "".join(rng.choice(list("aaabbb ,."), rng.integers(1, 80))), []
+            for word in map(letters, split_by_hand(text)):
+                while steps := [(rank[pair], i) for i, pair in enumerate(zip(word, word[1:])) if pair in rank]:
+                    i = min(steps)[1]
+                    word[i : i + 2] = [word[i] + word[i + 1]]
+                want += [tokens[token] for token in word]
+                ids = [made.first[b] for b in b"".join(word)]
+                assert bpe.merge_long(ids, made.pairs, made.made) == bpe.merge_word(ids, made.pairs, made.made)
+            assert ready.encode(text) == want == ready.encode(text), (merges, text)
+    assert several > 20 < younger, (several, younger)
 
 def test_bpe_gpt2():
     """Published ids of GPT-2, where the environment variable GPT2 names a folder with encoder.json and vocab.bpe."""
