@@ -382,6 +382,18 @@ def test_repo_readme():
     for link in (a or b for a, b in links):
         assert re.match(r"\w+:", link) or (HERE / link).exists(), f"the README links to {link}, which is not there"
 
+def test_repo_readme_in_chinese():
+    """Both READMEs show the same commands, code, numbers and links, in the same order but for the numbers of a line."""
+    english, chinese = ((HERE / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+    assert list(commands(english)) == list(commands(chinese)) and len(list(commands(english))) > 40
+    code = [[re.sub(r" *#.*", "", block) for block in re.findall(r"```.*?```", text, re.S)] for text in (english, chinese)]
+    assert code[0] == code[1]
+    for pattern in r"\d+(?:[.,]\d+)*|\.\d+", r"\]\(([^)\s]+)":
+        here, there = (collections.Counter(re.findall(pattern, text)) for text in (english, chinese))
+        there.subtract(["README.md"] if "README.md" in there else [])
+        here.subtract(["README.zh-CN.md"] if "README.zh-CN.md" in here else [])
+        assert not (here - there or there - here), (here - there, there - here)
+
 @each(has_iters)
 def test_repo_stop_and_resume(module):
     """Stopped between two saves, the same command ends with the very bytes of a run that was never stopped."""
