@@ -5318,7 +5318,7 @@ def test_checkpointing_picture():
     pixels = np.array(image).astype(int)[420:]
     black = (pixels == 0).all(2)
     assert black[205 - 3 : 205 + 4, 325 - 3 : 325 + 4].mean() > 0.8  # the middle of 70 .. 580 and 40 .. 370
-    for share in (0.25, 0.75):
+    for share in (0.4, 0.75):  # at 0.25 the other line crosses
         x, y = 70 + 510 * share, 370 - 330 * share
         assert black[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3].sum() >= 5
     grey = (pixels == (0x7F, 0x8C, 0x8D)).all(2)
