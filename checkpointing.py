@@ -12,7 +12,7 @@ Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal Checkpointing for Het
 symbol      in the code     what it is
 f_i, x_i    layers[i], x    layer i of n, i = 0 .. n - 1, and its input; x_n is what the chain gives
 w_i         chain.w[i]      bytes of x_i, 64 KB for 128 rows of 128 numbers in float32
-a_i         chain.a[i]      bytes that autograd keeps of layer i, x_i included where the layer needs it
+a_i         chain.a[i]      bytes that autograd keeps of layer i, x_i among them, but not x_{i+1}
 u_i, c      chain.u, c      seconds of layer i forward, keeping nothing; what a checkpoint costs besides
 s           slots           how many x_i may be held at once beside the one layer that is on its way back
 schedule    schedule        who is run again: [[0, 1, 2], [[3], 4], 5, 6]. A number is a layer whose activations are
@@ -35,25 +35,23 @@ and Griewank does not count; t counts those without a tape. Equal layers, a = a_
       t(l, s) = min over 0 < k < l of k + t(l - k, s - 1) + t(k, s);   t(1, s) = 0, t(l, 0) = infinite
   (7) t(l, s) = r l - C(s + r, r - 1) with r the least that has l <= C(s + r, s) [Griewank]; peak min(s, n - 1) w + a
 For in r runs each layer reaches the tape, and C(s + r, s) paths are there that use s slots and r runs at most.
-Unequal layers i .. j - 1, x_i held, M bytes beside it: the first is kept, or else the first k - i are run again:
-  (8) T(i, j, M) = min of T(i + 1, j, M - a_i + w_i - w_{i+1}) and, over i < k < j, of
-      u_i + .. + u_{k-1} + c + T(k, j, M - w_k) + T(i, k, M);   T(i, i + 1, M) = 0 if a_i - w_i <= M, else infinite
+Unequal layers i .. j - 1 in M bytes, x_i among them: the first is kept, or else the first k - i are run again:
+  (8) T(i, j, M) = min of T(i + 1, j, M - a_i) and, over i < k < j, of
+      u_i + .. + u_{k-1} + c + T(k, j, M - w_i) + T(i, k, M);   T(j, j, M) = 0, infinite for M < 0
   (9) seconds of a step = those without checkpoints + u for each of the t runs + c for each checkpoint
 
-Trip wires: slots hold x_0, too (it is the caller's and stays anyway, but is counted as it is kept). The last segment is
-not run twice. f must do the same when run again: what it draws from torch's own generators it draws again, and
-normalisation in training moves its statistics once, but a generator of its own, or a counter, goes on. Tensors with a
+Trip wires: slots hold x_0, too. f must do the same when run again: what it draws from torch's own generators it draws
+again, and batch-norm moves its statistics once, but a generator of its own, or a counter, goes on. Tensors with a
 gradient that f does not get as arguments must be leaves (parameters). Second derivatives and torch.autograd.grad() are
 refused: gradients are left in .grad, as backward() leaves them. Stored means saved for the way back, parameters not.
 Differs from the papers in: no cost is put on the way back, which all schedules share; (8) in steps of 1/500 of the
-budget and for at most 100 blocks of layers; Revolve also counts how often a slot is written, here it does not matter.
+budget and for at most 100 blocks of layers.
 
 python checkpointing.py --strategy slots --slots 5               ?
-python checkpointing.py --compare --depth 1000 --budget 6.5      sqrt: 1/21 of the memory at 1.28 times the seconds,
-    77 s on two cores                                            ten slots: 1/167 at 2.5 times, 3636 runs more
+python checkpointing.py --compare --depth 1000 --budget 6.5      ?
 """
-import argparse, collections, contextlib, copy, functools, gzip, hashlib, http.client, inspect, io, itertools, math
-import statistics, sys, time, urllib.request, zlib
+import argparse, collections, contextlib, functools, gzip, hashlib, http.client, inspect, io, itertools, math
+import statistics, sys, time, urllib.request, weakref, zlib
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +69,10 @@ class Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, f, *leaves):
-        ctx.f, ctx.at = f, [i for i, v in enumerate(leaves) if torch.is_tensor(v)]
-        ctx.rest = [None if torch.is_tensor(v) else v for v in leaves]
-        ctx.save_for_backward(*(leaves[i] for i in ctx.at))  # so a change made to one of them is noticed
+        ctx.f, ctx.others = f, [None if torch.is_tensor(v) else v for v in leaves]
+        ctx.save_for_backward(*(v if torch.is_tensor(v) else None for v in leaves))  # so changes to them are noticed
         ctx.set_materialize_grads(False)
-        ctx.generators, ctx.casts = surroundings({leaves[i].device for i in ctx.at})
+        ctx.states, ctx.casts = surroundings({v.device for v in leaves if torch.is_tensor(v)})
         with autocast(ctx.casts):
             return f(*leaves)
 
@@ -84,10 +81,9 @@ class Checkpoint(torch.autograd.Function):
         if torch.is_grad_enabled() or not torch.autograd._is_checkpoint_valid():
             raise RuntimeError("checkpoint: only a plain loss.backward() can go back through it, not autograd.grad(), "
                                "not inputs=, and not create_graph=True, as there is no second derivative")
-        leaves = list(ctx.rest)
-        for i, v in zip(ctx.at, ctx.saved_tensors):
-            leaves[i] = v.detach().requires_grad_(ctx.needs_input_grad[1 + i])
-        with replay(ctx.generators), autocast(ctx.casts), torch.enable_grad():
+        leaves = [other if v is None else v.detach().requires_grad_(needs)
+                  for v, other, needs in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad[1:])]
+        with replay(ctx.states), autocast(ctx.casts), torch.enable_grad():
             outputs = ctx.f(*leaves)  # (2)
         pairs = [(y, d_y) for y, d_y in zip(outputs, grads) if d_y is not None and y.requires_grad]
         if pairs:
@@ -102,20 +98,19 @@ def checkpoint(f, *inputs, **named):
         return f(*inputs, **named)
     root = torch.empty(0, requires_grad=True)  # f's parameters may want a gradient where no input does
     leaves, form = tree_flatten((inputs, named, root))
-    forms = []
+    out_form = None
 
     def flat(*leaves):
+        nonlocal out_form
         args, kwargs, _ = tree_unflatten(leaves, form)
         outputs, out_form = tree_flatten(f(*args, **kwargs))
-        forms[:] = [out_form]
         return tuple(outputs)
 
-    return tree_unflatten(Checkpoint.apply(flat, *leaves), forms[0])
+    outputs = Checkpoint.apply(flat, *leaves)  # sets out_form, too
+    return tree_unflatten(outputs, out_form)
 
 def surroundings(devices):
-    """What else f's result depends on -> [(generator, its state)], [(device type, autocast's dtype, whether it is on)].
-
-    They are the CPU's and those of the devices."""
+    """What else f's result depends on, on the CPU and the devices: [(generator, its state)] and autocast's settings."""
     generators, kinds = [torch.default_generator], {"cpu", *(device.type for device in devices)}
     generators += [torch.cuda.default_generators[device.index] for device in devices if device.type == "cuda"]
     generators += [torch.mps._get_default_mps_generator() for device in devices if device.type == "mps"]
@@ -123,26 +118,26 @@ def surroundings(devices):
              for kind in kinds if torch.amp.is_autocast_available(kind)]
     return [(generator, generator.get_state()) for generator in generators], casts
 
-@contextlib.contextmanager
 def autocast(casts):
     """Autocast as it was. Without its cache, in which weights cast without a gradient would wait for the way back."""
-    with contextlib.ExitStack() as stack:
-        for kind, dtype, on in casts:
-            if on or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, dtype, on, cache_enabled=False))
-        yield
+    stack = contextlib.ExitStack()
+    for kind, dtype, on in casts:
+        if on or torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, dtype, on, cache_enabled=False))
+    return stack
 
 REPLAYS = []
 
 @contextlib.contextmanager
-def replay(generators):
-    """Draws the random numbers of the first run again, and keeps the running statistics of normalisation still."""
-    norm, now = nn.modules.batchnorm._NormBase, [(generator, generator.get_state()) for generator, _ in generators]
+def replay(states):
+    """Draws the random numbers of the first run again, and keeps the running statistics of batch-norm still."""
+    norm, now = nn.modules.batchnorm._NormBase, [(generator, generator.get_state()) for generator, _ in states]
+    has = lambda self: not self.training and vars(self)["track_running_stats"]
     hold = lambda self, value: vars(self).update(track_running_stats=value)
+    REPLAYS.append(None)  # more than one where devices go back side by side
     try:
-        REPLAYS.append(None)  # more than one where devices go back side by side
-        norm.track_running_stats = property(lambda self: False, hold)  # goes before what the layers themselves have
-        for generator, state in generators:
+        norm.track_running_stats = property(has, hold)  # goes before what the layers themselves have
+        for generator, state in states:
             generator.set_state(state)
         yield
     finally:
@@ -159,137 +154,89 @@ def run(layers, schedule, x):
     return x
 
 # Schedules: they keep, and run again, as much as the equations say, if the layers are equal.
-def keep_all(n):
-    return list(range(n))  # (3)
-
-def every(n):
-    return [*([i] for i in range(n - 1)), n - 1]  # (3)
-
-def segments(n, m=None):
-    """m parts of equal length, by default about as many as a part has layers; the last is kept."""
-    m = m or math.isqrt(n - 1) + 1
+def segments(n, m):
+    """m parts of equal length, of which the last is kept. One is no checkpoint at all, n are every layer alone."""
     cuts = [n * i // m for i in range(m + 1)]
-    return [*(list(range(i, j)) for i, j in zip(cuts, cuts[1:-1])), *range(cuts[-2], n)]  # (4)
+    return [*(list(range(i, j)) for i, j in zip(cuts, cuts[1:-1])), *range(cuts[-2], n)]  # (3), (4)
 
-def by_halves(n, first=0):
-    parts = []
-    while n > 1:
-        parts.append(by_halves(n // 2, first))  # (5)
-        first, n = first + n // 2, n - n // 2
-    return [*parts, first]
+def by_halves(n, i=0):
+    k = n // 2
+    return [by_halves(k, i), *by_halves(n - k, i + k)] if k else [i]  # (5)
 
 @functools.cache
-def least_runs(n, slots):
-    """t of (6), (slots + 1, n + 1), and the k that has it, the same shape."""
-    t, best = np.full((slots + 1, n + 1), np.inf), np.zeros((slots + 1, n + 1), int)
-    t[:, 1] = 0
-    for s in range(1, slots + 1):
-        for length in range(2, n + 1):
-            runs = np.arange(1, length) + t[s - 1, length - 1 : 0 : -1] + t[s, 1:length]  # (6)
-            best[s, length] = 1 + runs.argmin()
-            t[s, length] = runs.min()
-    return t, best
-
-def in_slots(n, slots):
-    """The schedule with the fewest runs that holds no more than so many inputs at a time. ValueError if n is too deep
-    for so few: a layer would run more than 60 times, and as many checkpoints lie within each other."""
-    if math.comb(slots + 60, slots) < n:
-        raise ValueError(f"--slots {slots}: too few for {n} layers, of which some would run more than 60 times")
-    best = least_runs(n, min(slots, n))[1]
-
-    def plan(first, length, s):
-        parts = []
-        while length > 1:
-            k = int(best[s, length])
-            parts.append(plan(first, k, s))
-            first, length, s = first + k, length - k, s - 1
-        return [*parts, first]
-    return plan(0, n, min(slots, n))
-
 def closed_form(n, slots):
-    """t(n, slots) of (7), for n > 1."""
-    r = next(r for r in itertools.count(1) if n <= math.comb(slots + r, slots))
+    """t(n, slots): the least number of runs without a tape."""
+    if min(n - 1, slots) < 1:
+        return 0 if n == 1 else math.inf
+    r = next(r for r in itertools.count() if n <= math.comb(slots + r, slots))
     return r * n - math.comb(slots + r, r - 1)  # (7)
 
-# What a chain takes: u, w, a of the docstring, lists with an entry a layer; last, a list of the bytes of the outputs
-# that layers keep themselves, which count where no other layer follows in a part; c of the docstring.
+def in_slots(n, slots, i=0):
+    """The fewest runs with so many inputs held at a time. ValueError if a layer would run more than 60 times."""
+    if math.comb(slots + 60, slots) < n:
+        raise ValueError(f"--slots {slots}: too few for {n} layers, of which some would run more than 60 times")
+    parts = []
+    while n > 1:
+        k = min(range(1, n), key=lambda k: k + closed_form(n - k, slots - 1) + closed_form(k, slots))  # (6)
+        parts.append(in_slots(k, slots, i))
+        i, n, slots = i + k, n - k, slots - 1
+    return [*parts, i]
+
+STRATEGIES = {"none": lambda n, slots: segments(n, 1), "every": lambda n, slots: segments(n, n),
+              "sqrt": lambda n, slots: segments(n, math.isqrt(n - 1) + 1),
+              "recursive": lambda n, slots: by_halves(n), "slots": in_slots}
+
+# last: the bytes of x_{i+1} where layer i itself keeps it; they count where no other layer follows in a part.
 Chain = collections.namedtuple("Chain", "u w a last c")
 
-def in_budget(chain, budget, buckets=500, blocks=100):
-    """The fastest schedule that never holds more than budget bytes. ValueError if there is none.
+def in_budget(chain, budget, steps=500, blocks=100):
+    """The fastest schedule that never holds more than budget bytes, in blocks of layers if these are too many.
 
-    Sizes are rounded up to 1/buckets of the budget (but not if they are multiples of as much already). More layers than
-    blocks are put together, neighbours with neighbours, and a block is kept whole or not at all."""
+    ValueError if there is none. Sizes are rounded up to steps, unless they are all multiples of as much."""
     n = min(len(chain.u), blocks)
     cuts = [len(chain.u) * i // n for i in range(n + 1)]
-    spans = [slice(i, j) for i, j in zip(cuts, cuts[1:])]
-    u, w, last = [sum(chain.u[b]) for b in spans], [chain.w[b][0] for b in spans], [chain.last[b][-1] for b in spans]
-    a = [sum(chain.a[b]) for b in spans]
-    least = max(w[0] * (i > 0) + a[i] + last[i] for i in range(n))
-    if not budget >= least:
-        raise ValueError(f"--budget {budget / 1e6:g}: these layers need at least about {least / 1e6:.3g} MB")
-    budget = min(budget, sum(a) + sum(last))
-    grain = math.gcd(*w, *a, *last, 0) or 1
-    unit = grain * max(1, math.ceil(budget / grain / buckets))
-    whole = max(0, int(budget // unit))  # M of what follows is counted in units
-    w, a, last = ([math.ceil(v / unit) for v in values] for values in (w, a, last))
-    extra = [max(0, a[i] - w[i]) for i in range(n)]
-    T = np.full((n, n + 1, whole + 1), np.inf)  # T[i, j]: (8), for each M
-    after = np.full((n + 1, n, whole + 1), np.inf)  # after[j, k] = T[k, j] with M less by w_k
-    best, before = np.zeros((n, n + 1, whole + 1), int), np.array([0, *itertools.accumulate(u)])
-
-    def less(values, d):  # the values at M - d
-        return np.concatenate([np.full(min(d, whole + 1), np.inf), values[: max(0, whole + 1 - d)]])
-
-    for length in range(1, n + 1):
-        for i in range(n - length + 1):
-            j = i + length
-            if length == 1:
-                T[i, j, extra[i] + last[i] :] = 0
-                best[i, j] = i
-            else:
-                again = (before[i + 1 : j] - before[i] + chain.c)[:, None] + after[j, i + 1 : j] + T[i, i + 1 : j]
-                costs = np.concatenate([less(after[j, i + 1], extra[i])[None], again])  # (8)
-                best[i, j] = i + costs.argmin(0)
-                T[i, j] = costs.min(0)
-            after[j, i] = less(T[i, j], w[i])
-    if not np.isfinite(after[n, 0, whole]):
-        raise ValueError(f"--budget {budget / 1e6:g}: a little too small for these layers")
+    u, a = ([sum(values[i:j]) for i, j in zip(cuts, cuts[1:])] for values in (chain.u, chain.a))
+    w, last = [chain.w[i] for i in cuts[:-1]], [chain.last[j - 1] for j in cuts[1:]]
+    least, room = w[0] + max(map(sum, zip(a, last))), max(0, min(budget, sum(a) + max(last)))  # of nan bytes, no room
+    grain = math.gcd(*w, *a, *last) or 1
+    unit = grain * max(1, math.ceil(room / grain / steps))
+    most = int(room // unit)  # M and sizes are counted in units from here on
+    w, a, last = ([min(math.ceil(v / unit), most + 1) for v in values] for values in (w, a, last))
+    before, T = np.array([0, *itertools.accumulate(u)]), np.full((n + 1, n + 1, most + 1), np.inf)
+    best = np.zeros(T.shape, int)
+    for j in range(1, n + 1):
+        T[j, j, last[j - 1] :] = 0
+        for i in reversed(range(j)):
+            costs = np.full((j - i, most + 1), np.inf)
+            costs[0, a[i] :] = T[i + 1, j, : most + 1 - a[i]]
+            again = (before[i + 1 : j] - before[i] + chain.c)[:, None]
+            costs[1:, w[i] :] = again + T[i + 1 : j, j, : most + 1 - w[i]] + T[i, i + 1 : j, w[i] :]  # (8)
+            T[i, j], best[i, j] = costs.min(0), i + costs.argmin(0)
+    if not np.isfinite(T[0, n, most]):
+        raise ValueError(f"--budget {budget / 1e6:g}: these layers need about {least / 1e6:.3g} MB or more")
 
     def plan(i, j, M):
-        parts = []
-        while i < j:
-            k = best[i, j, M]
-            if k == i:
-                parts += range(cuts[i], cuts[i + 1])
-                i, M = i + 1, M - extra[i] - (w[i + 1] if i + 1 < j else 0)
-            else:
-                parts.append(plan(i, k, M))
-                i, M = k, M - w[k]
-        return parts
-    return plan(0, n, whole - w[0])
+        k = best[i, j, M]
+        if i < k:
+            return [plan(i, k, M), *plan(k, j, M - w[i])]
+        return [*range(cuts[i], cuts[i + 1]), *plan(i + 1, j, M - a[i])] if i < j else []
+    return plan(0, n, most)
 
-def predict(schedule, chain):
+def predict(schedule, chain, held=0):
     """The most bytes that a schedule ever holds, and the seconds of all that it runs forward; layers of any size."""
-    def span(part):
-        return (part, part + 1) if isinstance(part, int) else (span(part[0])[0], span(part[-1])[1])
-
-    def go(parts, held):  # held: bytes, the input of parts among them
-        (i, end), lists = span(parts), []
-        peak, seconds = held, sum(chain.u[i:end])
-        for part in parts:
-            i, j = span(part)
-            if isinstance(part, int):
-                held += chain.a[i] - chain.w[i]
-                peak = max(peak, held + chain.last[i] * (j == end))
-            else:
-                lists.append((part, held))
-            held += chain.w[j] if j < end else 0
-        for part, held in lists:
-            inner, more = go(part, held)
-            peak, seconds = max(peak, inner), seconds + more + chain.c
-        return peak, seconds
-    return go(schedule, chain.w[0])
+    leaves = lambda part: [part] if isinstance(part, int) else [i for inner in part for i in leaves(inner)]
+    peak = seconds = 0
+    for part in schedule:
+        own = leaves(part)
+        seconds += sum(chain.u[i] for i in own)
+        if isinstance(part, int):
+            held += chain.a[part]
+            peak = max(peak, held + chain.last[part] * (part == schedule[-1]))
+        else:
+            inner, again = predict(part, chain, held)
+            held += chain.w[own[0]]
+            peak, seconds = max(peak, inner), seconds + again + chain.c
+    return peak, seconds
 
 # -------------------------------------------------------------------------------------------------------- network -----
 # Any chain of layers would do above. Here it is one of equals; what lies before and after it is no part of it.
@@ -315,120 +262,106 @@ class Denoiser(nn.Module):
         self.layers = nn.ModuleList(ResidualLayer(width, depth) for _ in range(depth))
 
     def forward(self, x, schedule=None):
-        layers = list(self.layers)
-        h = run(layers, schedule or keep_all(len(layers)), self.first(x.flatten(1)))
+        h = run(self.layers, schedule or range(len(self.layers)), self.first(x.flatten(1)))
         return self.last(h).unflatten(1, self.shape)
 
 # ------------------------------------------------------------------------------------------------------- counting -----
-class Tally:
-    """Counts, while it is entered, the bytes stored for the way back: now, and at their peak.
+class Tally(torch.autograd.graph.saved_tensors_hooks):
+    """Counts, while it is entered, the bytes of the storages that are kept for the way back, and their peak.
 
-    A storage counts once, however many tensors lie in it, until the last of them is let go. own: parameters and
-    buffers, which do not count."""
+    A storage counts once, however many tensors lie in it, until the last of them is let go; those of own never do."""
 
-    def __init__(self, own=()):
-        self.now, self.peak, self.users, self.sizes = 0, 0, collections.Counter(), {}
+    def __init__(self, own):
+        super().__init__(self.store, lambda stored: stored())
+        self.peak, self.users, self.sizes = 0, collections.Counter(), {}
         self.own = {v.untyped_storage().data_ptr() for v in own}
 
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda v: Stored(self, v), lambda stored: stored.v)
-        self.hooks.__enter__()
-        return self
+    def store(self, v):
+        v, storage = v.detach(), v.untyped_storage()
+        at, stored = storage.data_ptr(), lambda: v
+        self.users[at] += 1
+        if at not in self.own:
+            self.sizes[at] = storage.nbytes()
+            self.peak = max(self.peak, sum(self.sizes.values()))
+        weakref.finalize(stored, self.drop, at)
+        return stored
 
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-class Stored:
-    """A tensor that is stored for the way back."""
-
-    def __init__(self, tally, v):
-        self.tally, self.v, self.at = tally, v.detach(), v.untyped_storage().data_ptr()
-        tally.users[self.at] += 1
-        if tally.users[self.at] == 1 and self.at not in tally.own:
-            tally.sizes[self.at] = v.untyped_storage().nbytes()
-            tally.now += tally.sizes[self.at]
-            tally.peak = max(tally.peak, tally.now)
-
-    def __del__(self):
-        self.tally.users[self.at] -= 1
-        if not self.tally.users[self.at]:
-            self.tally.now -= self.tally.sizes.pop(self.at, 0)
+    def drop(self, at):
+        self.users[at] -= 1
+        if not self.users[at]:
+            self.sizes.pop(at, None)
 
 def there_and_back(way, layers, x):
-    """There and back once: way(layers, x) and its gradients, into .grad. x (N, width)."""
-    y = way(layers, x.detach().requires_grad_())
+    """There and back once, gradients into .grad. way: a schedule, or what takes layers and x (N, width)."""
+    x = x.detach().requires_grad_()
+    y = way(layers, x) if callable(way) else run(layers, way, x)
     torch.autograd.backward(y, torch.ones_like(y))
 
 def count(way, layers, x):
     """-> the peak of the bytes stored in a step, parameters not counted, and how often a layer was run."""
     runs = []
-
-    def counted(layer):
-        return lambda x: runs.append(None) or layer(x)
-
-    with Tally(v for layer in layers for v in (*layer.parameters(), *layer.buffers())) as tally:
-        there_and_back(way, [counted(layer) for layer in layers], x)
+    counted = [lambda x, layer=layer: runs.append(layer) or layer(x) for layer in layers]
+    with (tally := Tally(v for layer in layers for v in (*layer.parameters(), *layer.buffers()))):
+        there_and_back(way, counted, x)
     return tally.peak, len(runs)
-
-def wait(device):
-    """Until the device has done what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 def clock(jobs, device, rounds=7):
     """Seconds that each of the functions takes, the median of so many rounds, in which they take turns."""
-    seconds = [[] for _ in jobs]
-    for _ in range(rounds + 1):
-        for job, taken in zip(jobs, seconds):
-            wait(device)
-            start = time.perf_counter()
-            job()
-            wait(device)
-            taken.append(time.perf_counter() - start)
+    wait, seconds = getattr(torch, device.type).synchronize, [[] for _ in jobs]
+    for _, (job, taken) in itertools.product(range(rounds + 1), list(zip(jobs, seconds))):
+        wait()
+        start = time.perf_counter()
+        job()
+        wait()
+        taken.append(time.perf_counter() - start)
     return [statistics.median(taken[1:]) for taken in seconds]  # the first round warms up
 
 def profile(layers, x):
     """-> Chain, measured layer by layer. x (N, width); the layers are run, so their statistics move."""
-    root = torch.zeros(1, device=x.device, requires_grad=True)
-    chain = Chain([], [], [], [], clock([lambda: torch.autograd.backward(checkpoint(torch.neg, root))], x.device)[0])
+    rows, root = [], torch.zeros(1, device=x.device, requires_grad=True)
     for layer in layers:
         with torch.no_grad():
-            chain.u.extend(clock([functools.partial(layer, x)], x.device, 3))
-        with Tally([*layer.parameters(), *layer.buffers()]) as tally, torch.enable_grad():
-            x = x.detach().requires_grad_()
+            u = clock([functools.partial(layer, x)], x.device, 3)[0]
+        x = x.detach().requires_grad_()
+        w = x.untyped_storage().nbytes()
+        with (tally := Tally([x, *layer.parameters(), *layer.buffers()])):
             y = layer(x)
-            kept = dict(tally.sizes)
-        chain.w.append(x.untyped_storage().nbytes())
-        kept.pop(x.untyped_storage().data_ptr(), 0)
-        chain.last.append(kept.pop(y.untyped_storage().data_ptr(), 0))
-        chain.a.append(chain.w[-1] + sum(kept.values()))
+        last = tally.sizes.get(y.untyped_storage().data_ptr(), 0)
+        rows.append((u, w, w + sum(tally.sizes.values()) - last, last))
         x = y
-    alike = collections.defaultdict(list)
-    for i, size in enumerate(zip(chain.w, chain.a, chain.last)):
-        alike[size].append(i)
-    for group in alike.values():  # of layers that keep the same, the times are taken for noise about one value
-        middle = statistics.median(chain.u[i] for i in group)
-        for i in group:
-            chain.u[i] = middle
-    return chain
-
-STRATEGIES = {"none": keep_all, "every": every, "sqrt": segments, "recursive": by_halves, "slots": in_slots}
+    return Chain(*zip(*rows), clock([lambda: torch.autograd.backward(checkpoint(torch.neg, root))], x.device)[0])
 
 def choose_schedule(strategy, layers, x, slots=10, budget=4.0):
-    """The schedule of a strategy, one of STRATEGIES or "budget", of so many MB; x is what the layers will be given.
-
-    ValueError if the slots or the budget are too small for the layers."""
+    """The schedule of one of STRATEGIES, or "budget", of so many MB. x: what the layers get. ValueError if too few."""
     if strategy == "budget":
         return in_budget(profile(layers, x), budget * 1e6)
-    return STRATEGIES[strategy](len(layers), *[slots] * (strategy == "slots"))
+    return STRATEGIES[strategy](len(layers), slots)
 
-def theory(strategy, n, w, a, slots=10):
-    """Peak in bytes, and how often a layer is run, of n equal layers by the equations; not for "budget"."""
-    m = math.isqrt(n - 1) + 1
-    return {"none": (n * a, n), "every": ((n - 1) * w + a, 2 * n - 1),
-            "sqrt": ((m - 1) * w + math.ceil(n / m) * a, 2 * n - math.ceil(n / m)),
-            "recursive": ((n - 1).bit_length() * w + a, n + sum(i.bit_count() for i in range(n))),
-            "slots": (min(slots, n - 1) * w + a, n + closed_form(n, slots))}[strategy]
+def table(ways, layers, x):
+    """Prints what the ways take, {name: schedule, or as there_and_back() has it}, the first without checkpoints.
+
+    Theory is in brackets. Returns the layers' Chain and {name: (MB stored, seconds)} of the schedules."""
+    chain, found, cuda = profile(layers, x), {}, x.device.type == "cuda"
+    seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways.values()], x.device)
+    print(f"{'strategy':20}| MB stored           | of none | runs of a layer | s a step          | to none"
+          + " | MB, allocator" * cuda)
+    for (name, way), took in zip(ways.items(), seconds):
+        (peak, runs), theory = count(way, layers, x), [""] * 3
+        if not callable(way):
+            least, forth = predict(way, chain)
+            most = predict(way, chain._replace(u=[1] * len(layers), c=0))[1]
+            found[name] = peak / 1e6, took
+            theory = f"({least / 1e6:.3f})", f"({most})", f"({seconds[0] + forth - sum(chain.u):.4f})"  # (9)
+        share = f"1/{found['none'][0] / peak * 1e6:.1f}" if "non-" not in name else "hidden"  # by hooks of its own
+        line = (f"{name:20}| {peak / 1e6:9.3f} {theory[0]:9} | {share:7} | {runs:7} {theory[1]:7} | {took:8.4f} "
+                f"{theory[2]:8} | {took / seconds[0]:7.3f}")
+        if cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            there_and_back(way, layers, x)
+            line += f" | {(torch.cuda.max_memory_allocated() - before) / 1e6:13.1f}"
+        print(line)
+    return chain, found
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Data, pictures, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
@@ -662,13 +595,9 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-def with_noise(x, generator=None):
-    """Images in -1 .. 1 with as much noise on them that each pixel's is as large as black against grey."""
-    return x + torch.randn(x.shape, generator=generator, device=x.device)
-
 def train(images, iters=3000, batch=128, lr=1e-3, width=128, depth=100, strategy="sqrt", slots=10, budget=4.0,
           device="cpu", seed=0, path=None, fresh=False, compiled=False):
-    """uint8 images (N, C, H, H) on the CPU -> the averaged Denoiser. Seeds torch's global generator.
+    """uint8 images (N, C, H, H) on the CPU -> the Denoiser. Seeds torch's global generator.
 
     The strategy decides what is kept and what is computed again, and on the CPU not one bit of the result. path: where
     to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
@@ -679,9 +608,9 @@ def train(images, iters=3000, batch=128, lr=1e-3, width=128, depth=100, strategy
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
     torch.manual_seed(seed)
     model = Denoiser(images.shape[1], images.shape[2], width, depth).to(device)
-    average = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
-    parts, done, log = (model, average, opt), 0, []
+    rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / 200, 1 - i / iters))
+    parts, done, log = (model, opt, rate), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["checkpointing"], device, wanted))
     schedule = choose_schedule(strategy, model.layers, torch.zeros(batch, width, device=device), slots, budget)
@@ -691,15 +620,12 @@ def train(images, iters=3000, batch=128, lr=1e-3, width=128, depth=100, strategy
     images = images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
-        opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
         x = to_float(images[torch.randint(len(images), (batch,), device=device)])
-        loss = F.mse_loss(model(with_noise(x), schedule), x) / 4  # of pixels in 0 .. 1
+        loss = F.mse_loss(model(x + torch.randn_like(x), schedule), x) / 4  # of pixels in 0 .. 1
         opt.zero_grad()
         loss.backward()
         opt.step()
-        memory = min(0.995, (1 + i) / (10 + i))  # short while the weights still move fast
-        for a, p in zip(average.parameters(), model.parameters()):
-            a.lerp_(p.detach(), 1 - memory)
+        rate.step()
         total += loss.detach()
         if (i + 1) % 100 == 0 or i + 1 == iters:
             log.append((i + 1, total.item() / (i % 100 + 1)))  # the only place where the device is waited for
@@ -710,127 +636,78 @@ def train(images, iters=3000, batch=128, lr=1e-3, width=128, depth=100, strategy
                 save_checkpoint(path, "checkpointing", wanted, parts, i + 1, log)
                 saved = time.time()
         progress(i + 1, batch, f"loss {log[-1][1]:.5f}" if log else "")
-    return average
+    return model.requires_grad_(False).eval()
 
 def load(path, device="cpu"):
-    """The averaged network of a checkpoint; model(x) takes the noise off images in -1 .. 1 of the shape model.shape."""
+    """The network of a checkpoint; model(x) takes the noise off images in -1 .. 1 of the shape model.shape."""
     state = load_checkpoint(Path(path), ["checkpointing"], device)
     model = Denoiser(*(state["settings"][name] for name in ("channels", "size", "width", "depth")))
-    fill(path, [model], state["parts"][1:2])
+    fill(path, [model], state["parts"][:1])
     return model.to(device).requires_grad_(False).eval()
 
-@torch.inference_mode()
-def denoise(model, x, chunk=1000):
-    """Images in -1 .. 1 with noise on them -> the images, (N, C, H, W)."""
-    return torch.cat([model(part) for part in x.split(chunk)])
-
-def plot_log(curves, dots, across, up):
-    """{name: [(x, y)]} twice, in the same order, lines and dots -> a Pillow image, both scales logarithmic."""
-    image = Image.new("RGB", (760, 440), "white")
-    draw, font, left, top, right, bottom = ImageDraw.Draw(image), ImageFont.load_default(15), 70, 40, 580, 390
-    colours = "#000000", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b", "#8e44ad"
-    points = [point for line in (*curves.values(), *dots.values()) for point in line]
-    low, high = ([edge(math.log10(point[axis]) for point in points) for axis in (0, 1)] for edge in (min, max))
-    wide = [max(b - a, 0.1) for a, b in zip(low, high)]
-    spot = lambda x, y: (left + (right - left) * (math.log10(x) - low[0]) / wide[0],
-                         bottom - (bottom - top) * (math.log10(y) - low[1]) / wide[1])
-    for power, digit in itertools.product(range(-6, 9), (1, 2, 5)):
-        value = digit * 10.0**power
-        if low[0] - 0.01 < math.log10(value) < high[0] + 0.01:
-            draw.text((spot(value, 10 ** low[1])[0], bottom + 8), f"{value:g}", "black", font, "mt")
-        if low[1] - 0.01 < math.log10(value) < high[1] + 0.01:
-            y = spot(10 ** low[0], value)[1]
-            draw.line((left, y, right, y), "#dddddd")
-            draw.text((left - 8, y), f"{value:g}", "black", font, "rm")
-    for name, colour in zip({**curves, **dots}, itertools.cycle(colours)):
-        if len(curves.get(name, [])) > 1:
-            draw.line([spot(*point) for point in curves[name]], colour, 2)
-        for x, y in (spot(*point) for point in dots.get(name, [])):
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-        draw.text((right + 20, top + 24 * [*{**curves, **dots}].index(name)), name, colour, font)
-    draw.text(((left + right) / 2, 436), across, "black", font, "mb")
-    draw.text((8, 12), up, "black", font)
+def plot(panels):
+    """[(title, {name: [(x, y)]} lines, the same for dots, with all names)] -> a Pillow image, scales logarithmic."""
+    image, font = Image.new("RGB", (760, 420 * len(panels)), "white"), ImageFont.load_default(15)
+    draw, colours = ImageDraw.Draw(image), ["black", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b", "#8e44ad"]
+    for top, (title, lines, dots) in zip(range(40, image.height, 420), panels):
+        points = np.log10([point for group in (*lines.values(), *dots.values()) for point in group])
+        low = points.min(0)
+        scale = [510, -330] / (points.max(0) - low).clip(0.1)
+        spot = lambda x, y, low=low, scale=scale, top=top: tuple((np.log10([x, y]) - low) * scale + [70, top + 330])
+        draw.text((8, top - 28), title, "black", font)
+        for value in (digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)):
+            x, y = spot(value, value)
+            if 69 < x < 581:
+                draw.text((x, top + 338), f"{value:g}", "black", font, "mt")
+            if top - 1 < y < top + 331:
+                draw.line((70, y, 580, y), "#dddddd")
+                draw.text((62, y), f"{value:g}", "black", font, "rm")
+        for i, (name, colour) in enumerate(zip(dots, colours)):
+            draw.text((600, top + 24 * i), name, colour, font)
+            draw.line([spot(*point) for point in lines.get(name, [])], colour, 2)
+            for x, y in (spot(*point) for point in dots[name]):
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
     return image
 
-def save_png(path, image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    write(path, file.getvalue())
-
-def by_schedule(schedule):
-    """What there_and_back() and count() take."""
-    return lambda layers, x: run(layers, schedule, x)
-
 def compare(width, depth, batch, slots, budget, device, out):
-    """Prints what each strategy takes, of a chain of equal layers and of one of unequal ones; two pictures into out."""
-    layers = [ResidualLayer(width, depth).to(device) for _ in range(depth)]
-    x, m = torch.randn(batch, width, device=device), math.isqrt(depth - 1) + 1
-    chain = profile(layers, x)
-    with torch.no_grad():
-        u = clock([functools.partial(run, layers, keep_all(depth), x)], device)[0] / depth
-    w, a, units = chain.w[0], chain.a[0], chain._replace(u=[1] * depth, c=0)
-    schedules = {name: choose_schedule(name, layers, x, slots, budget) for name in (*STRATEGIES, "budget")}
-    expected = {name: theory(name, depth, w, a, slots) for name in STRATEGIES}
-    expected["budget"] = predict(schedules["budget"], units)
-    ways = {name: by_schedule(schedule) for name, schedule in schedules.items()}
-    for kind in ("reentrant", "non-reentrant"):
-        ways["torch " + kind] = functools.partial(lambda kind, layers, x: checkpoint_sequential(
-            layers, m, x, use_reentrant=kind == "reentrant"), kind)
-    print(f"{depth} equal layers, {batch} rows of {width} numbers, on {device}: w = {w / 1e6:.4g} MB, "
-          f"a = {a / 1e6:.4g} MB, u = {u * 1e6:.0f} us; {m} segments, {slots} slots, a budget of {budget:g} MB")
-    seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways.values()], device)
-    print("strategy            | MB stored (theory)      | of none | runs (theory)   | s a step (theory) | to none"
-          + " | MB, allocator" * (device.type == "cuda"))
-    dots = {}
-    for (name, way), took in zip(ways.items(), seconds):
-        peak, runs = count(way, layers, x)
-        cells = [f"{name:19}", f"{peak / 1e6:9.3f}", f"1/{expected['none'][0] / peak:.1f}", f"{runs:7}", f"{took:8.4f}"]
-        if name in expected:
-            least, most = expected[name]
-            dots[name] = [(peak / 1e6, took)]
-            cells[1] += f" ({least / 1e6:.3f})"
-            cells[3] += f" ({most})"
-            again = predict(schedules[name], chain._replace(u=[u] * depth))[1] - depth * u
-            cells[4] += f" ({seconds[0] + again:.4f})"  # (9)
-        elif name == "torch non-reentrant":
-            cells[1:3] = "as above", ""  # its own hooks hide it from these
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            there_and_back(way, layers, x)
-            cells.append(f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f}")
-        cells.insert(5, f"{took / seconds[0]:.3f}")
-        print(" | ".join(f"{cell:{size}}" for cell, size in zip(cells, (19, 23, 7, 15, 17, 7, 13))))
+    """Prints what each strategy takes, of a chain of equal layers and of one of unequal ones; a picture into out."""
+    layers, x = [ResidualLayer(width, depth).to(device) for _ in range(depth)], torch.randn(batch, width, device=device)
+    ways = {name: choose_schedule(name, layers, x, slots, budget) for name in (*STRATEGIES, "budget")}
+    for name in "torch reentrant", "torch non-reentrant":
+        ways[name] = lambda layers, x, name=name: checkpoint_sequential(
+            layers, math.isqrt(depth - 1) + 1, x, use_reentrant=name == "torch reentrant")
+    print(f"{depth} equal layers, {batch} rows of {width} numbers, {slots} slots, {budget:g} MB, on {device}")
+    chain, dots = table(ways, layers, x)
 
-    depths = sorted({d for d in (3, 10, 30, 100, 300, 1000, 3000) if d < depth} | {depth})
-    lines = {name: [(d, theory(name, d, w, a, slots)[0] / 1e6) for d in range(2, depth + 1)] for name in STRATEGIES}
-    found = {name: [(d, count(by_schedule(choose_schedule(name, layers[:d], x, slots)), layers[:d], x)[0] / 1e6)
-                    for d in depths] for name in STRATEGIES}
-    save_png(out / "memory.png", plot_log(lines, found, "layers", "MB stored: equations (lines), counted (dots)"))
-    at = lambda peak, runs: (peak / 1e6, seconds[0] + (runs - depth) * u)  # (9) but for c
-    lines = {name: [] for name in schedules}
-    lines["slots"] = [at(*theory("slots", depth, w, a, s)) for s in range(1, depth) if math.comb(s + 30, s) >= depth]
-    lines["sqrt"] = [at(*predict(segments(depth, k), units)) for k in range(1, depth + 1)]
-    for share in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96):
+    def at(schedule):
+        peak, forth = predict(schedule, chain)
+        return peak / 1e6, dots["none"][1] + forth - sum(chain.u)  # (9)
+
+    depths = sorted({round(depth ** (i / 30)) for i in range(31)})
+    lines = {name: [(n, at(make(n, slots))[0]) for n in depths] for name, make in STRATEGIES.items()}
+    found = {name: [(n, count(make(n, slots), layers[:n], x)[0] / 1e6) for n in depths[::-6]]
+             for name, make in STRATEGIES.items()}
+    frontier = {"sqrt": [at(segments(depth, m)) for m in depths], "budget": [],
+                "slots": [at(in_slots(depth, s)) for s in range(1, 33) if math.comb(s + 60, s) >= depth]}
+    for share in 1, 2, 4, 8, 16, 32, 64:
         with contextlib.suppress(ValueError):  # less than the layers need
-            lines["budget"].append(at(*predict(in_budget(units, depth * a / share), units)))
-    save_png(out / "frontier.png", plot_log(lines, dots, "MB stored", "seconds a step: the equations for all "
-                                            "slots, segments and budgets (lines), measured (dots)"))
+            frontier["budget"].append(at(in_budget(chain, sum(chain.a) / share)))
+    file = io.BytesIO()
+    plot([("MB stored against layers: equations (lines), counted (dots)", lines, found),
+          ("seconds a step against MB: the equations for all segments, slots and budgets (lines), measured (dots)",
+           frontier, {name: [dot] for name, dot in dots.items()})]).save(file, "PNG")
+    write(out / "compare.png", file.getvalue())
 
-    layers = [ResidualLayer(width, depth, width * 2 ** (i % 4) // 2 or 1).to(device) for i in range(min(depth, 100))]
+    n, width = min(depth, 100), max(2, width)
+    layers = [ResidualLayer(x.shape[1], depth, width * 2 ** (i % 4) // 2).to(device) for i in range(n)]
     chain = profile(layers, x)
-    whole, least = predict(keep_all(len(layers)), chain)[0], chain.w[0] + max(chain.a)
-    hidden = ", ".join(str(layer.inner.out_features) for layer in layers[:4])
-    print(f"{len(layers)} unequal layers, {hidden} hidden units in turn; MB stored and s a step\n"
-          "budget, MB | best schedule    | best of equal segments")
-    for budget in [whole / share for share in (2, 4, 8) if whole / share > 1.2 * least]:
-        fit = [segments(len(layers), k) for k in range(1, len(layers) + 1)]
-        fit = min((s for s in fit if predict(s, chain)[0] <= budget), key=lambda s: predict(s, chain)[1], default=None)
-        ways = [by_schedule(schedule) for schedule in (in_budget(chain, budget), fit) if schedule]
-        seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways], device)
-        cells = [f"{count(way, layers, x)[0] / 1e6:7.3f} {took:8.4f}" for way, took in zip(ways, seconds)]
-        print(" | ".join([f"{budget / 1e6:10.3f}", *cells, *["none fits"] * (not fit)]))
-    print(f"memory.png and frontier.png are in {out}")
+    ways, most = {"none": segments(n, 1)}, sum(chain.a) / 4
+    fit = [parts for parts in (segments(n, m) for m in range(1, n + 1)) if predict(parts, chain)[0] <= most]
+    with contextlib.suppress(ValueError):  # less than the layers need
+        ways |= {"budget": in_budget(chain, most), "segments that fit": min(fit, key=lambda s: predict(s, chain)[1])}
+    print(f"{n} unequal layers, {width // 2}, {width}, {2 * width}, {4 * width} hidden units, {most / 1e6:.3f} MB")
+    table(ways, layers, x)
+    print(f"compare.png is in {out}")
 
 def main(argv=None):
     parser = image_parser(__doc__, "checkpointing", train)
@@ -851,28 +728,17 @@ def main(argv=None):
         print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {device}")
         train(images, args.iters, args.batch, args.lr, args.width, args.depth, args.strategy, args.slots, args.budget,
               device, args.seed, path, args.fresh, args.compile)
-        model = load(path, device)
-        x_0 = to_float(held_out)
-        noisy = with_noise(x_0, torch.Generator().manual_seed(0))  # the same whatever --seed is
-        clean = denoise(model, noisy.to(device)).cpu()
+        model, x_0 = load(path, device), to_float(held_out)
+        noisy = x_0 + torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))  # the same for every --seed
+        clean = torch.cat([model(part.to(device)).cpu() for part in noisy.split(1000)])
         save_samples(args.out, clean[torch.arange(args.samples) % len(clean)])
-        shown = torch.arange(20) % len(clean)
-        rows = [rows[shown].unflatten(0, (2, 10)) for rows in (x_0, noisy, clean)]
-        save_grid(args.out / "denoised.png", torch.stack(rows, 1).flatten(0, 2), 10)
-        errors = [F.mse_loss(x, x_0).item() / 4 for x in (noisy, clean)]
-        print(f"mean squared error of {len(x_0)} test images, pixels in 0 .. 1: {errors[1]:.5f}, with the noise "
-              f"{errors[0]:.5f}")
-
-        layers = list(model.requires_grad_(True).layers)
-        x = model.first(noisy[torch.arange(args.batch) % len(noisy)].to(device).flatten(1)).detach()
-        schedules = [keep_all(args.depth), choose_schedule(args.strategy, layers, x, args.slots, args.budget)]
-        ways = [by_schedule(schedule) for schedule in schedules]
-        seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways], device)
-        for name, way, schedule, took in zip(("none", args.strategy), ways, schedules, seconds):
-            peak, runs = count(way, layers, x)
-            least, most = predict(schedule, profile(layers, x)._replace(u=[1] * args.depth, c=0))
-            print(f"{name}: {peak / 1e6:.3f} MB stored in {args.depth} layers ({least / 1e6:.3f} by the equations), "
-                  f"{runs} runs of a layer ({most}), {took:.4f} s there and back")
+        shown = torch.arange(10) % len(clean)
+        save_grid(args.out / "denoised.png", torch.cat([rows[shown] for rows in (x_0, noisy, clean)]), 10)
+        before, after = (F.mse_loss(x, x_0).item() / 4 for x in (noisy, clean))
+        print(f"mean squared error of {len(x_0)} test images, pixels in 0 .. 1: {after:.5f}, with noise {before:.5f}")
+        layers, x = model.requires_grad_().layers, torch.randn(args.batch, args.width, device=device)
+        ways = {name: choose_schedule(name, layers, x, args.slots, args.budget) for name in ("none", args.strategy)}
+        table(ways, layers, x)
         print(f"{args.samples} samples: samples.png, samples.npy in {args.out}, with denoised.png (images, with noise, "
               "without), log.csv, model.pt")
 
