@@ -359,7 +359,7 @@ def fast_products(device):
         fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
-def train(text, iters=3600, batch=64, length=32, lr=4e-3, cell="lstm", width=512, dropout=0.4, device="cpu", seed=0,
+def train(text, iters=4600, batch=64, length=32, lr=4e-3, cell="lstm", width=512, dropout=0.4, device="cpu", seed=0,
           path=None, fresh=False):
     """Learns the first nine tenths of a text -> the averaged CharRNN, ready to sample. Seeds torch's global generator.
 

@@ -7,9 +7,9 @@
 
 test_repo_* hold for every file that lies here, each file in a test of its own; test_ddpm_* and so on hold for one file.
 The method is tested against what does not share its code: closed forms, float64, oracle networks, Monte Carlo."""
-import argparse, ast, base64, collections, contextlib, difflib, errno, functools, gzip, hashlib, heapq
-import http.server, importlib, inspect, io, itertools, json, math, os, re, shlex, subprocess, sys, tempfile
-import threading, time, tokenize, traceback, types, unicodedata, unittest, warnings
+import argparse, ast, base64, collections, concurrent.futures, contextlib, difflib, errno, functools, gzip, hashlib
+import heapq, http.server, importlib, inspect, io, itertools, json, math, multiprocessing, os, re, shlex, subprocess
+import sys, tempfile, threading, time, tokenize, traceback, types, unicodedata, unittest, warnings
 from pathlib import Path
 from unittest import mock
 
@@ -386,8 +386,8 @@ def test_repo_readme_in_chinese():
     """Both READMEs show the same commands, code, numbers and links, in the same order but for the numbers of a line."""
     english, chinese = ((HERE / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
     assert list(commands(english)) == list(commands(chinese)) and len(list(commands(english))) > 40
-    code = [[re.sub(r" *#.*", "", block) for block in re.findall(r"```.*?```", text, re.S)] for text in (english, chinese)]
-    assert code[0] == code[1]
+    code = lambda text: [re.sub(r" *#.*", "", block) for block in re.findall(r"```.*?```", text, re.S)]
+    assert code(english) == code(chinese)
     for pattern in r"\d+(?:[.,]\d+)*|\.\d+", r"\]\(([^)\s]+)":
         here, there = (collections.Counter(re.findall(pattern, text)) for text in (english, chinese))
         there.subtract(["README.md"] if "README.md" in there else [])
@@ -5856,26 +5856,41 @@ def test_training_wants_squares(module):
         assert "12x8" in str(e)
 
 # --------------------------------------------------------------------------------------------------------- runner -----
+def run(names):
+    """Runs tests one after another -> [(name, seconds, what became of it, what it printed)]."""
+    rows = []
+    for name in names:
+        start, said, result = time.perf_counter(), io.StringIO(), "passed"
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                globals()[name]()
+            except unittest.SkipTest as e:
+                result = f"skipped: {e}"
+            except (Exception, SystemExit):
+                traceback.print_exc()
+                result = "failed"
+        rows.append((name, time.perf_counter() - start, result, said.getvalue() * (result == "failed")))
+    return rows
+
 def main(words):
-    """Runs the tests whose name contains one of the words, all without words -> the exit status."""
-    tests = {name: test for name, test in globals().items() if name.startswith("test_") and callable(test)}
-    tests = {name: test for name, test in tests.items() if not words or any(word in name for word in words)}
-    counts = collections.Counter()
-    for name, test in tests.items():
-        start = time.perf_counter()
-        try:
-            test()
-            result = "passed"
-        except unittest.SkipTest as e:
-            result = f"skipped: {e}"
-        except (Exception, SystemExit):
-            traceback.print_exc()
-            result = "failed"
-        counts[result.split(":")[0]] += 1
-        print(f"{time.perf_counter() - start:6.2f} s  {name} {result}", flush=True)
+    """Runs the tests whose name contains one of the words, all without words -> the exit status.
+
+    The tests of one file stay together, and as many files as there are cores, at most four, are tested side by side."""
+    tests = [name for name, test in globals().items() if name.startswith("test_") and callable(test)]
+    groups, counts = collections.defaultdict(list), collections.Counter()
+    for name in tests:
+        if not words or any(word in name for word in words):
+            groups[next((file for file in NAMES if f"_{file}_" in f"{name}_"), "")].append(name)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(4, os.cpu_count() or 1), context) as pool:
+        jobs = [pool.submit(run, names) for names in sorted(groups.values(), key=len, reverse=True)]
+        for job in concurrent.futures.as_completed(jobs):
+            for name, seconds, result, said in job.result():
+                counts[result.split(":")[0]] += 1
+                print(f"{said}{seconds:6.2f} s  {name} {result}", flush=True)
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
     print(f"{counts['passed']} passed, {counts['failed']} failed{skipped}")
-    return int(counts["failed"] > 0 or not tests)
+    return int(counts["failed"] > 0 or not groups)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
