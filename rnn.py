@@ -48,7 +48,7 @@ Differs from the papers in: truncation (10) after T letters, and at no other pla
 its gates and had no f); Adam for plain descent; dropout (a unit of h for a whole chunk); b of f starts at 1;
 gradients longer than 1 are shortened; results come from an average of the weights.
 
-python rnn.py --text shakespeare.txt      ?
+python rnn.py --text shakespeare.txt      377 s on two cores; 1.4661 nats = 2.1152 bits a letter
 python rnn.py --cell rnn --out out/tanh   the tanh RNN
 """
 import argparse, ast, contextlib, copy, hashlib, inspect, io, math, os, sys, sysconfig, time, warnings
