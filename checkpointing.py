@@ -47,7 +47,7 @@ refused: gradients are left in .grad, as backward() leaves them. Stored means sa
 Differs from the papers in: no cost is put on the way back, which all schedules share; (8) in steps of 1/500 of the
 budget and for at most 100 blocks of layers.
 
-python checkpointing.py --strategy slots --slots 5               ?
+python checkpointing.py --strategy slots --slots 5               trains 100 layers, 5 inputs held at once
 python checkpointing.py --compare --depth 1000 --budget 6.5      sqrt: 1/21 of the memory at 1.38 times the seconds
 """
 import argparse, collections, contextlib, functools, gzip, hashlib, http.client, inspect, io, itertools, math
