@@ -12,7 +12,8 @@ Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal Checkpointing for Het
 symbol      in the code     what it is
 f_i, x_i    layers[i], x    layer i of n, i = 0 .. n - 1, and its input; x_n is what the chain gives
 w_i         chain.w[i]      bytes of x_i, 64 KB for 128 rows of 128 numbers in float32
-a_i         chain.a[i]      bytes that autograd keeps of layer i, x_i among them, but not x_{i+1}
+a_i         chain.a[i]      bytes that autograd keeps of layer i, x_i among them, but not x_{i+1}; these are last_i,
+                            chain.last[i], if the layer keeps its output, too, else 0
 u_i, c      chain.u, c      seconds of layer i forward, keeping nothing; what a checkpoint costs besides
 s           slots           how many x_i may be held at once beside the one layer that is on its way back
 schedule    schedule        who is run again: [[0, 1, 2], [[3], 4], 5, 6]. A number is a layer whose activations are
@@ -20,7 +21,7 @@ schedule    schedule        who is run again: [[0, 1, 2], [[3], 4], 5, 6]. A num
                             then as the list says: 0, 1, 2 are kept then; [3], in turn, is run a third time
 
 Of L(x_n) the chain rule wants the layers in the order opposite to the one in which they were run,
-  (1) dL/dx_i = dL/dx_{i+1} df_i/dx_i, dL/dw_i = dL/dx_{i+1} df_i/dw_i, both of them at x_i
+  (1) dL/dx_i = dL/dx_{i+1} df_i/dx_i, dL/dp_i = dL/dx_{i+1} df_i/dp_i, all at x_i; p_i: the parameters of f_i
 so every x_i is kept from the way forth to the way back, and with it what f_i has computed inside: n a bytes. But
   (2) x_{j} = f_{j-1}(.. f_i(x_i)) can be had again from any x_i, i < j, for j - i runs of a layer
 Nothing else is asked of f. Each layer is run once with a tape, right before its way back. These n runs any schedule has
@@ -28,16 +29,16 @@ and Griewank does not count; t counts those without a tape. Equal layers, a = a_
   (3) none: n a, n;   every layer alone, but for the last: (n - 1) w + a, 2 n - 1
   (4) m segments, the last of them kept: (m - 1) w + ceil(n/m) a, 2 n - ceil(n/m); with a = w this is about n/k + k for
       segments of k = n/m layers, least at k = sqrt n: memory 2 sqrt n for at most one more run of each layer
-  (5) halves: run n // 2 layers, keep their output, bring back the rest likewise, then the first half likewise:
+  (5) halves: run n // 2 layers, keep their input, bring back the rest likewise, then the first half likewise:
       D(n) = 1 + D(n - n//2), t(n) = n//2 + t(n//2) + t(n - n//2);   D(1) = t(1) = 0, which gives
       peak D w + a, D = bits of n - 1, about log2 n;   t = ones in 0, 1 .. n - 1 written in binary, <= n/2 log2 n
   (6) best for s slots: k layers are run first, their input holds a slot, the rest has s - 1, then they have all s:
-      t(l, s) = min over 0 < k < l of k + t(l - k, s - 1) + t(k, s);   t(1, s) = 0, t(l, 0) = infinite
+      t(l, s) = min over 0 < k < l of k + t(l - k, s - 1) + t(k, s);   t(1, s) = 0, t(l, 0) = infinite for l > 1
   (7) t(l, s) = r l - C(s + r, r - 1) with r the least that has l <= C(s + r, s) [Griewank]; peak min(s, n - 1) w + a
 For in r runs each layer reaches the tape, and C(s + r, s) paths are there that use s slots and r runs at most.
 Unequal layers i .. j - 1 in M bytes, x_i among them: the first is kept, or else the first k - i are run again:
   (8) T(i, j, M) = min of T(i + 1, j, M - a_i) and, over i < k < j, of
-      u_i + .. + u_{k-1} + c + T(k, j, M - w_i) + T(i, k, M);   T(j, j, M) = 0, infinite for M < 0
+      u_i + .. + u_{k-1} + c + T(k, j, M - w_i) + T(i, k, M);   T(j, j, M) = 0, infinite for M < last_{j-1}
   (9) seconds of a step = those without checkpoints + u for each of the t runs + c for each checkpoint
 
 Trip wires: slots hold x_0, too. f must do the same when run again: what it draws from torch's own generators it draws
@@ -172,9 +173,9 @@ def closed_form(n, slots):
     return r * n - math.comb(slots + r, r - 1)  # (7)
 
 def in_slots(n, slots, i=0):
-    """The fewest runs with so many inputs held at a time. ValueError if a layer would run more than 60 times."""
+    """The fewest runs with so many inputs held at a time. ValueError if a layer would run over 61 times."""
     if math.comb(slots + 60, slots) < n:
-        raise ValueError(f"--slots {slots}: too few for {n} layers, of which some would run more than 60 times")
+        raise ValueError(f"--slots {slots}: too few for {n} layers, of which some would run more than 61 times")
     parts = []
     while n > 1:
         k = min(range(1, n), key=lambda k: k + closed_form(n - k, slots - 1) + closed_form(k, slots))  # (6)

@@ -15,7 +15,7 @@ k            k             how many rows below c a patch lies, 2, 3 or 4
 f(x, c)      scores.exp()  a positive number, high if x and c belong together; scores[.., i, j] is log f(x_j, c_i)
 N            N             candidates, one of which belongs to c
 tau          TAU           what cosines are multiplied by
-L, I(x; c)   info_nce      loss and mutual information in nats
+L, I(x; c)   info_nce, -   loss; mutual information, of which nce_bound gives a lower bound; both in nats
 
 What x will be, given c, could be learned as a density p(x|c), which has to account for every pixel. Noise-contrastive
 estimation asks less: to tell one draw of p(x|c) from N - 1 draws of p(x), noise that the data itself provides. Let
@@ -24,9 +24,9 @@ chances for all i beforehand, and prod_j p(x_j) divided out, Bayes gives
   (1) p(i | x_1 .. x_N, c) = [p(x_i|c) / p(x_i)] / sum_j [p(x_j|c) / p(x_j)]                                         [5]
 So it is a classification in N classes. A classifier with scores log f, a softmax over the candidates, has the loss
   (2) L = -E log( f(x_i, c) / sum_j f(x_j, c) )                                                                      [4]
-Cross-entropy is least where the classifier is (1): the best score is a ratio of densities, times any factor of c alone,
+Cross-entropy is least where the classifier is (1): the best f is a ratio of densities, times any factor of c alone,
   (3) f*(x, c) = p(x|c) / p(x)                                                                                       [2]
-and no density of pixels was needed. A score is bilinear, of what the encoder and the context have made of x and c:
+and no density of pixels was needed. The paper's score is bilinear, z^T W_k c; here the lengths are divided out:
   (4) log f_k(x, c) = tau cos(z, W_k c), another W_k for each k                                                      [3]
 How much of x does c tell? For any f let r(x) = p(x) f(x, c) / m, with m the mean of f over x and the N - 1 negatives.
 Draw x from p(x), too: then each of the N terms f(x_j, c) / m has the same mean, and their sum is N, so the mean is 1.

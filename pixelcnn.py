@@ -42,8 +42,9 @@ A byte becomes a level. Two levels are drawn anew at each use, those of held-out
   (8) bits/dim = -log p(x) / (D ln 2)
 To draw is to ask one question after another. The level is the first whose cumulated probability is above u:
   (9) x_i = number of the k < K - 1 with p(0) + ... + p(k) <= u_i
-That makes D passes of the network, although a new number changes no more than one column of the horizontal stack, and a
-new row one row of the vertical one. Computing only these, D columns and H rows, costs as much as a single pass.
+That makes D passes of the network, although a new number needs no more than one column of the horizontal stack, and a
+new row one row of the vertical one. Computing only these, D columns and H rows, costs as much as a single pass (with
+C colours, its horizontal part C times).
 
 Trip wires: mask A is for the first layer only. 1x1 convolutions need (4), too. Nats are per image, bits per number.
 Binarised MNIST drawn anew (dynamic) and drawn once (static) are two data sets, whose figures do not compare.

@@ -21,7 +21,7 @@ L              loss            nats per letter
 The chain rule makes a text's probability a product, so a model of text is a bet on each letter, given those before it.
 What came before is kept in a state of fixed size, made of the last state and the letter, always by the same weights:
   (1) a_t = e(x_t) W_ih + h_{t-1} W_hh + b;   tanh RNN: h_t = tanh a_t
-  (2) p(x_{t+1} | x_1 .. x_t) = softmax(h_t W_out + b_out);   L = -1/(T N) sum_{t, n} log p(x_{t+1} | ...)
+  (2) p(x_{t+1} | x_0 .. x_t) = softmax(h_t W_out + b_out);   L = -1/(T N) sum_{t, n} log p(x_{t+1} | ...)
 As W_ih only ever meets the V vectors e(x), their products are formed once for all times, a table with V rows.
 Unrolled, the network is T layers deep. h_t acts on L through its own bet and through a_{t+1}, and this is all of it:
   (3) dL/dh_t = dL/dh_t of the bet at t + delta_{t+1} W_hh^T                     from t = T - 1 down, delta_T = 0
@@ -38,17 +38,17 @@ Backwards, c_t acts on L through h_t, and through c_{t+1} by the factor f_{t+1} 
 A CPU has a fast sigma and a slow tanh, so with what belongs to a tanh doubled, one sigma does for all:
   (9) tanh a = 2 sigma(2 a) - 1,   1 - tanh^2 a = 4 sigma(2 a) (1 - sigma(2 a))
 A text is longer than any chunk that could be unrolled. Training goes through N streams, T letters at a time:
-  (10) h_0, c_0 of a chunk = h_T, c_T of the one before, as numbers: they carry the past, but no gradient crosses
+  (10) h[0], c[0] of a chunk = h[T], c[T] of the one before, as numbers: they carry the past, but no gradient crosses
   (11) a letter is drawn from softmax(logits / temperature), whose limit at 0 is the likeliest letter
 
 Trip wires: nats per letter; bits are nats / log 2. Letters are Unicode characters, those of the whole text, the last
 tenth included, on which nothing is trained. torch.nn.LSTM has the same gates in the same order, but its weights lie
 transposed, and it adds two b. dL/dh_t in lag.png is (3): all paths from h_t on, but not the LSTM's from c_t to c_{t+1}.
-Differs from the papers in: truncation (10) after T letters, and at no other place (the LSTM of 1997 cut the gradient at
-its gates and had no f); Adam for plain descent; dropout (a unit of h for a whole chunk); b of f starts at 1;
-gradients longer than 1 are shortened; results come from an average of the weights.
+Differs from the papers in: truncation (10) after T letters, and at no other place (Elman cut the gradient after each
+letter, the LSTM of 1997 at its gates, and it had no f); Adam for plain descent; dropout (a unit of h for a whole chunk);
+b of f starts at 1; gradients longer than 1 are shortened; results come from an average of the weights.
 
-python rnn.py --text shakespeare.txt      377 s on two cores; 1.4661 nats = 2.1152 bits a letter
+python rnn.py --text shakespeare.txt      300 s on two cores; 1.4754 nats = 2.1286 bits a letter
 python rnn.py --cell rnn --out out/tanh   the tanh RNN
 """
 import argparse, ast, contextlib, copy, hashlib, inspect, io, math, os, sys, sysconfig, time, warnings
@@ -68,7 +68,7 @@ def add_product(out, a, w):
     return torch.addmm(out, a, w, out=out) if a.dtype == w.dtype else out.add_(a.to(w.dtype) @ w)
 
 def rnn_forward(table, x, w_hh, state, new):
-    """table (V, H), x (T, N) ids, state (1, N, H): h_0 -> (h,), h (T + 1, N, H)."""
+    """table (V, H), x (T, N) ids, state (1, N, H): h[0] -> (h,), h (T + 1, N, H)."""
     (T, N), H = x.shape, len(w_hh)
     h = new("h", T + 1, N, H)
     h[0] = state[0]
@@ -79,7 +79,7 @@ def rnn_forward(table, x, w_hh, state, new):
     return (h,)
 
 def rnn_backward(d_h, w_hh, saved, new):
-    """d_h (T, N, H): dL/dh_t of the bets, made into dL/dh_t in place -> delta (T, N, H), and dL/d(h_0) (1, N, H)."""
+    """d_h (T, N, H): dL/dh_t of the bets, made into dL/dh_t in place -> delta (T, N, H), and dL/d(h[0]) (1, N, H)."""
     (h,) = saved
     delta, back = torch.mul(h[1:], h[1:], out=new("delta", *d_h.shape)).neg_().add_(1), w_hh.t()
     for t in range(len(d_h) - 1, -1, -1):
@@ -89,7 +89,7 @@ def rnn_backward(d_h, w_hh, saved, new):
     return delta, add_product(torch.zeros_like(d_h[0]), delta[0], back)[None]
 
 def lstm_forward(table, x, w_hh, state, new):
-    """table (V, 4 H), x (T, N) ids, state (2, N, H): h_0 and c_0 -> h, c (T + 1, N, H), s, u."""
+    """table (V, 4 H), x (T, N) ids, state (2, N, H): h[0] and c[0] -> h, c (T + 1, N, H), s, u."""
     (T, N), H = x.shape, len(w_hh)
     h, c, s, u = new("h", T + 1, N, H), new("c", T + 1, N, H), new("s", T, N, 4 * H), new("u", T, N, H)
     h[0], c[0] = state
@@ -132,7 +132,7 @@ def gates(s):
 CELLS = {"rnn": (rnn_forward, rnn_backward, 1, 1), "lstm": (lstm_forward, lstm_backward, 4, 2)}
 
 class Unroll(torch.autograd.Function):
-    """The recurrence with its own way back: table (V, G H), x (T, N), w_hh (H, G H), state -> h_1 .. h_T, last state.
+    """The recurrence with its own way back: table (V, G H), x (T, N), w_hh (H, G H), state -> h[1] .. h[T], last state.
 
     The last state is to be carried on as numbers: it has no gradient (10)."""
 
@@ -359,7 +359,7 @@ def fast_products(device):
         fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
-def train(text, iters=4600, batch=64, length=32, lr=4e-3, cell="lstm", width=512, dropout=0.4, device="cpu", seed=0,
+def train(text, iters=4200, batch=64, length=32, lr=4e-3, cell="lstm", width=512, dropout=0.4, device="cpu", seed=0,
           path=None, fresh=False):
     """Learns the first nine tenths of a text -> the averaged CharRNN, ready to sample. Seeds torch's global generator.
 

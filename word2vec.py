@@ -12,22 +12,24 @@ Compositionality", 2013, arXiv:1310.4546, whose equations are those in [..].
 symbol     in the code    what it is
 c, o, n    word ids       a centre word, a word near it (an "outside" word), a negative: 0 .. V - 1, the commonest first
 v, u       v, u           vectors as centre and as neighbour, (V, d) each; v is what is kept in the end
-R, b       reach, window  widest window, and the one drawn for this centre
+R, b       reach, b       widest window (train's window), and the one drawn for this centre
+-          window         1 where a pair is in the window of its centre, else 0, (B, L, 2 R + 1)
 k          k              negatives for each pair
 L, S       BLOCK, SHARED  words in a block, negatives that a block shares
 
 Words that stand among the same words mean alike. So let a word's vector say which words stand near it:
       p(o | c) = exp(u_o . v_c) / sum_w exp(u_w . v_c)                                                              [2]
 Its gradient, d log p / d v_c = u_o - sum_w p(w | c) u_w, pulls to what was seen and away from what was expected; a sum
-over all V words for each pair cannot be paid. A smaller question has almost the same answer: was this word seen near
-c, or drawn from a table? With sigma(x) = 1 / (1 + e^-x) for the chance that it was seen, each pair adds
+over all V words for each pair cannot be paid. A smaller question does as well: was this word seen near c, or drawn from
+a table P? (Its best score is not log p(o | c) but log p(o | c) / P(o) - log k: how much oftener than by chance.)
+With sigma(x) = 1 / (1 + e^-x) for the chance that it was seen, each pair adds
   (1) l(c, o) = log sigma(u_o . v_c) + k E_{n ~ P} log sigma(-u_n . v_c)                                            [4]
   (2) P(n) is proportional to count(n)^(3/4)
 and as d log sigma(x) / dx = 1 - sigma(x) = sigma(-x), the pull ends when the word is told apart:
   (3) dl/dv_c = sigma(-u_o . v_c) u_o - k E sigma(u_n . v_c) u_n;  the same scalars times v_c for u_o and u_n
 Which pairs there are is drawn, too. Near words count more, and words as common as "the" say little:
   (4) o is near c if it is at most b words away, b even over 1 .. R, drawn anew for each c
-  (5) a word with the share f of the text stays with chance sqrt(t / f) + t / f, before windows are laid            [5]
+  (5) a word with the share f of the text stays with chance min(1, sqrt(t / f) + t / f), before windows are laid    [5]
 The other model, CBOW, asks the same of a centre and the mean of its neighbours; v is then of neighbours, u of centres:
   (6) h = mean of v_o over the window;  l(c) = log sigma(u_c . h) + k E_{n ~ P} log sigma(-u_n . h)
 The fast form. One pair at a time is dot products of d numbers. But L words in a row have their windows in the same
@@ -36,18 +38,22 @@ L + 2 R words, and if they share S negatives as well, all their scores are one p
       G = sigma(-score) for pairs in the window, -(k / S) (pairs of c) sigma(score) for negatives, else 0;
       dl/dX = G Y, dl/dY = G^T X
 Each of the S negatives is drawn from P and stands for k / S of those of every pair, so in the mean over the draws both
-gradients are those of (3); only are the draws of two pairs no longer independent. For CBOW
-  (8) H = M X, row c of M being 1 / (words in its window);  G from H Y^T as in (7);  dl/dX = M^T (G Y), dl/dY = G^T H
+gradients are those of (3); only are the draws of two pairs no longer independent. For CBOW each c is one pair, with h;
+now X = v of the L + 2 R words around, (L + 2 R, d), and Y = u of the L words and of the S negatives:
+  (8) H = M X, row c of M being 1 / (words in its window) at those, else 0;  G from H Y^T as in (7), "in the window"
+      being the entries (c, c) and "pairs of c" 1 (0 for an empty window);  dl/dX = M^T (G Y), dl/dY = G^T H
   (9) v and u move by rate times the gradients of all blocks of a step; the rate falls in proportion to the words read
 Meaning is then in directions, and in differences of them:
-  (10) near(w) = words x with the largest cos(v_w, v_x);  a : b = c : x for the largest cos(x, b - a + c), unit vectors
+  (10) near(w) = words x != w with the largest cos(v_w, v_x);  a : b = c : x for the largest cos(x, b - a + c), unit
+       vectors, x none of a, b, c
 
 Trip wires: a window is b words each way. Counts are of the raw text, the windows of what subsampling left. v and u are
-two tables. A negative may be a word of the window: (1) has it so, the authors' program leaves it out. The gradients of
+two tables. A negative may be o itself: (1) has it so, the authors' program leaves it out. The gradients of
 a step's blocks add up, so that a common word moves far: with a larger --batch, or few different words, take a smaller
 --lr. A step takes fewer words where the commonest would stand in it more than 16 times.
 A word is a run of letters, in lower case, a Chinese character a word by itself; a blank line ends all windows.
-Differs from the papers in: (7); v and u move once a step of many blocks; no phrases, no hierarchical softmax.
+Differs from the papers in: (7); t / f in (5), as in the authors' program; v and u move once a step of many blocks; no
+phrases, no hierarchical softmax.
 
 python word2vec.py --text english.txt      25 s on one core for 3.1 million words, five times: 700,000 words/s
 python word2vec.py --nearest file error    of the run that is there
