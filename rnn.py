@@ -45,8 +45,8 @@ Trip wires: nats per letter; bits are nats / log 2. Letters are Unicode characte
 tenth included, on which nothing is trained. torch.nn.LSTM has the same gates in the same order, but its weights lie
 transposed, and it adds two b. dL/dh_t in lag.png is (3): all paths from h_t on, but not the LSTM's from c_t to c_{t+1}.
 Differs from the papers in: truncation (10) after T letters, and at no other place (Elman cut the gradient after each
-letter, the LSTM of 1997 at its gates, and it had no f); Adam for plain descent; dropout (a unit of h for a whole chunk);
-b of f starts at 1; gradients longer than 1 are shortened; results come from an average of the weights.
+letter, the LSTM of 1997 at its gates, and it had no f); Adam for plain descent; dropout (a unit of h for a whole
+chunk); b of f starts at 1; gradients longer than 1 are shortened; results come from an average of the weights.
 
 python rnn.py --text shakespeare.txt      300 s on two cores; 1.4754 nats = 2.1286 bits a letter
 python rnn.py --cell rnn --out out/tanh   the tanh RNN
