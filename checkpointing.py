@@ -198,7 +198,8 @@ def in_budget(chain, budget, steps=500, blocks=100):
     cuts = [len(chain.u) * i // n for i in range(n + 1)]
     u, a = ([sum(values[i:j]) for i, j in zip(cuts, cuts[1:])] for values in (chain.u, chain.a))
     w, last = [chain.w[i] for i in cuts[:-1]], [chain.last[j - 1] for j in cuts[1:]]
-    least, room = w[0] + max(map(sum, zip(a, last))), max(0, min(budget, sum(a) + max(last)))  # of nan bytes, no room
+    least = max(w[0] * (i > 0) + a[i] + last[i] for i in range(n))  # x_0 is among what layer 0 keeps
+    room = max(0, min(budget, sum(a) + max(last)))  # of nan bytes, no room
     grain = math.gcd(*w, *a, *last) or 1
     unit = grain * max(1, math.ceil(room / grain / steps))
     most = int(room // unit)  # M and sizes are counted in units from here on

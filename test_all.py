@@ -5585,6 +5585,21 @@ def uneven(seed, n=12):
     picks = torch.randint(len(kinds), (n,), generator=g).tolist()
     return [kinds[k](a, b) for k, a, b in zip(picks, sizes, sizes[1:])], torch.randn(6, sizes[0], generator=g)
 
+def test_checkpointing_instance_norm():
+    """In eval mode a layer with running statistics uses them when it is run again, too, and leaves them as they are."""
+    for norm in nn.InstanceNorm1d(3, affine=True, track_running_stats=True), nn.BatchNorm1d(3):
+        norm.running_mean.copy_(normal(3))
+        norm.running_var.fill_(4.0)
+        norm.eval()
+        before, grads = [v.clone() for v in norm.buffers()], []
+        for f in norm, functools.partial(ckpt.checkpoint, norm):
+            x = normal(2, 3, 5, seed=1).float().requires_grad_()
+            norm.zero_grad()
+            f(x).square().sum().backward()
+            grads.append([x.grad, norm.weight.grad.clone(), norm.bias.grad.clone()])
+        assert all(torch.equal(a, b) for a, b in zip(*grads)) and grads[0][0].abs().max() > 0.1, norm
+        assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers())), norm
+
 def test_checkpointing_budget():
     """(8): a schedule for a budget never keeps more when it runs, no equal segments that fit are faster, no schedule at
     all where all can be tried, and what is less than the layers need is refused."""
@@ -5604,6 +5619,9 @@ def test_checkpointing_budget():
                 assert most > budget or took >= seconds - 1e-9, (seed, budget, parts)
         assert ckpt.in_budget(chain, whole) == list(range(n))
         assert "--budget" in refusal(ckpt.in_budget, chain, 0.5 * least)
+    first = ckpt.Chain([1.0, 1.0], [2_000_000, 1_000_000], [9_000_000, 2_000_000], [500_000, 0], 0)
+    assert "about 9.5 MB" in refusal(ckpt.in_budget, first, 9_000_000)  # its own input is not counted twice
+    assert ckpt.in_budget(first, 9_500_000) and ckpt.in_budget(ckpt.Chain(*([v[0]] for v in first[:4]), 0), 9_500_000)
     rng = np.random.default_rng(0)
     for _ in range(8):
         w, a, last = (rng.integers(*span, 6).tolist() for span in ((1, 9), (8, 16), (0, 4)))
