@@ -50,7 +50,7 @@ to zero.
 python ddim.py --data mnist --steps 50 --samples 2000    166 s of training and 22 s of sampling on two cores; fd 45.3
 python ddim.py --model out/ddpm/model.pt --steps 20      samples what ddpm.py has trained; seconds
 """
-import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
+import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, os, sys, time
 import urllib.request, zlib
 from pathlib import Path
 
@@ -417,6 +417,21 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def processes(device, batch):
+    """(rank, number) of the processes that torchrun started, a GPU each or the CPU; (0, 1) of any other. All but the
+    first fall silent. ValueError if they cannot share a batch equally."""
+    dist, cuda = torch.distributed, torch.cuda.is_available() and str(device) != "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+    if batch % dist.get_world_size():
+        raise ValueError(f"--batch {batch}: {dist.get_world_size()} processes cannot share it equally")
+    return dist.get_rank(), dist.get_world_size()
+
 def layout(device):
     """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
@@ -442,6 +457,7 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
                   seed=seed, images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
+    rank, world = processes(device, batch)
     torch.manual_seed(seed)
     model = UNet(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
     average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -450,13 +466,16 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["ddim"], device, wanted))
     net, images = torch.compile(model) if compiled else model, images.to(device)
+    if world > 1:
+        net, path = nn.parallel.DistributedDataParallel(net), None if rank else path
     tables = noise_tables(make_alpha_bar(), device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
         x_0 = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
         t, weight = draw_t(batch, len(tables[0]), device)
-        loss = (weight * loss_gamma(net, x_0, t, torch.randn_like(x_0), tables)).mean()
+        x_0, t, weight, eps = (v[rank::world] for v in (x_0, t, weight, torch.randn_like(x_0)))
+        loss = (weight * loss_gamma(net, x_0, t, eps, tables)).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -507,7 +526,8 @@ def main(argv=None):
     add("--compare", type=numbers, default=[], help="steps, as in 10,20,50, to draw the same x_T in and to time")
     args = parser.parse_args(argv)
     with parser.guard():
-        device, alpha_bar = pick_device(args.device), make_alpha_bar()
+        rank, _ = processes(args.device, args.batch)
+        device, path, alpha_bar = pick_device(args.device), args.out / "model.pt", make_alpha_bar()
         for S in [args.steps, *args.compare]:
             make_tau(len(alpha_bar), S)  # refuses what cannot be, before training
         if not 0 <= args.eta <= 1:
@@ -517,11 +537,12 @@ def main(argv=None):
         images = None if args.model else load_images(args.data, size, channels)
         x_0 = load_images(args.data, size, channels, test=True)[:16].to(device).float() / 127.5 - 1
         if model is None:
-            path = args.out / "model.pt"
             print(f"{len(images)} images of {size}x{size}x{channels} from {args.data}, on {device}")
             settings = args.iters, args.batch, args.lr, args.width, device, args.seed
             train(images, *settings, path, args.fresh, args.compile)
-            model = load(path, device)
+        if rank:
+            return  # the first process goes on alone
+        model = model or load(path, device)
         start = time.perf_counter()
         x = sample(model, (args.samples, *model.shape), args.steps, args.eta, args.spacing, True, args.seed, device)
         x = x.cpu()  # this, like every .cpu() here, waits for the device

@@ -50,7 +50,7 @@ rate falls to zero.
 python ddpm.py --data mnist --samples 2000      168 s of training and 441 s of sampling on two cores; fd 30.0
 python ddpm.py --variance small                 the same model with the other sigma_t^2; seconds for 64 samples
 """
-import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
+import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, os, sys, time
 import urllib.request, zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -434,6 +434,21 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def processes(device, batch):
+    """(rank, number) of the processes that torchrun started, a GPU each or the CPU; (0, 1) of any other. All but the
+    first fall silent. ValueError if they cannot share a batch equally."""
+    dist, cuda = torch.distributed, torch.cuda.is_available() and str(device) != "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+    if batch % dist.get_world_size():
+        raise ValueError(f"--batch {batch}: {dist.get_world_size()} processes cannot share it equally")
+    return dist.get_rank(), dist.get_world_size()
+
 def layout(device):
     """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
@@ -459,6 +474,7 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
                   seed=seed, images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
+    rank, world = processes(device, batch)
     torch.manual_seed(seed)
     model = UNet(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
     average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -467,12 +483,15 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["ddpm"], device, wanted))
     net, s, images = torch.compile(model) if compiled else model, make_schedule().to(device), images.to(device)
+    if world > 1:
+        net, path = nn.parallel.DistributedDataParallel(net), None if rank else path
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
         x_0 = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
         t, weight = draw_t(batch, len(s.beta), device)
-        loss = (weight * loss_simple(net, x_0, t, torch.randn_like(x_0), s)).mean()
+        x_0, t, weight, eps = (v[rank::world] for v in (x_0, t, weight, torch.randn_like(x_0)))
+        loss = (weight * loss_simple(net, x_0, t, eps, s)).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -517,10 +536,13 @@ def main(argv=None):
     parser.add_argument("--bound", type=at_least(0), default=32, help="test images for the bound, 0 for none")
     args = parser.parse_args(argv)
     with parser.guard():
+        rank, _ = processes(args.device, args.batch)
         device, path = pick_device(args.device), args.out / "model.pt"
         images, held_out = (load_images(args.data, args.size, args.channels, test) for test in (False, True))
         print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {device}")
         train(images, args.iters, args.batch, args.lr, args.width, device, args.seed, path, args.fresh, args.compile)
+        if rank:
+            return  # the first process goes on alone
         model, s = load(path, device), make_schedule().to(device)
         save_samples(args.out, sample(model, (args.samples, *model.shape), args.variance, True, args.seed, device))
         generator = torch.Generator(device).manual_seed(args.seed)

@@ -53,7 +53,7 @@ falls to 40 %; no Parzen windows.
 python gan.py --data mnist --samples 2000         155 s on two cores; fd 14.1
 python gan.py --loss minimax --out out/minimax    the game as it was first written
 """
-import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
+import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, os, sys, time
 import urllib.request, zlib
 from pathlib import Path
 
@@ -371,6 +371,21 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def processes(device, batch):
+    """(rank, number) of the processes that torchrun started, a GPU each or the CPU; (0, 1) of any other. All but the
+    first fall silent. ValueError if they cannot share a batch equally."""
+    dist, cuda = torch.distributed, torch.cuda.is_available() and str(device) != "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+    if batch % dist.get_world_size():
+        raise ValueError(f"--batch {batch}: {dist.get_world_size()} processes cannot share it equally")
+    return dist.get_rank(), dist.get_world_size()
+
 def layout(device):
     """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
@@ -404,7 +419,8 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
                   images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
-    if batch < 2 or k < 1:
+    rank, world = processes(device, batch)
+    if batch // world < 2 or k < 1:
         raise ValueError(f"--batch {batch} --k {k}: batch norm needs two images, and D at least one step")
     torch.manual_seed(seed)
     G = Generator(images.shape[1], images.shape[2], width, latent).to(device, memory_format=layout(device))
@@ -421,6 +437,9 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
         for opt in (opt_g, opt_d):
             opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     net_g, net_d = (torch.compile(net) if compiled else net for net in (G, D))
+    if world > 1:  # batch norm and dropout see the share of one process; the gradient is the mean of all
+        parallel = nn.parallel.DistributedDataParallel
+        net_g, net_d, path = parallel(net_g), parallel(net_d), None if rank else path
     states = [net.state_dict().values() for net in (average, average_d, G, D)]
     pairs, images = [*zip(states[0], states[2]), *zip(states[1], states[3])], images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros(4, device=device), time.time()
@@ -429,8 +448,8 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
             opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - 0.6 * i / iters)  # the average needs no zero
         for _ in range(k):  # (8)
             x = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1
-            fake = net_g(torch.randn(batch, latent, device=device))
-            real_logits, fake_logits = d_step(net_d, opt_d, x, fake)
+            fake = net_g(torch.randn(batch, latent, device=device)[rank::world])
+            real_logits, fake_logits = d_step(net_d, opt_d, x[rank::world], fake)
         loss_now = g_step(G, net_d, opt_g, fake, loss)
         memory = min(0.998, (1 + i) / (10 + i))  # short while the weights still move fast
         for a, p in pairs:  # BatchNorm's running mean and variance too, which are no parameters, and its count
@@ -494,6 +513,7 @@ def main(argv=None):
     add("--stacked", action="store_true", help="make colour images, each of three random grey ones")
     args = parser.parse_args(argv)
     with parser.guard():
+        rank, _ = processes(args.device, args.batch)
         device, path = pick_device(args.device), args.out / "model.pt"
         images, held_out = (load_images(args.data, args.size, args.channels, test) for test in (False, True))
         if args.stacked:
@@ -501,6 +521,8 @@ def main(argv=None):
         print(f"{len(images)} images of {args.size}x{args.size}x{images.shape[1]} from {args.data}, on {device}")
         settings = args.iters, args.batch, args.lr, args.width, args.latent, args.k, args.loss, device, args.seed
         train(images, *settings, path, args.fresh, args.compile)
+        if rank:
+            return  # the first process goes on alone
         G, D, frames = load_players(path, device)
         save_samples(args.out, sample(G, args.samples, args.seed, device))
         save_grid(args.out / "progress.png", to_float(frames).transpose(0, 1).flatten(0, 1), len(frames))

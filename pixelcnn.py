@@ -54,7 +54,7 @@ with ReLU in both, no gates; a learned table of places; Adam, a rate that falls 
 python pixelcnn.py --data mnist            146 s to train on two cores; 85.19 nats = 0.1568 bits/dim, test images
 python pixelcnn.py --data mnist --plain    draws again without the cache: 281 times as long on one core, same pixels
 """
-import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
+import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, os, sys, time
 import urllib.request, zlib
 from pathlib import Path
 
@@ -450,6 +450,21 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def processes(device, batch):
+    """(rank, number) of the processes that torchrun started, a GPU each or the CPU; (0, 1) of any other. All but the
+    first fall silent. ValueError if they cannot share a batch equally."""
+    dist, cuda = torch.distributed, torch.cuda.is_available() and str(device) != "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+    if batch % dist.get_world_size():
+        raise ValueError(f"--batch {batch}: {dist.get_world_size()} processes cannot share it equally")
+    return dist.get_rank(), dist.get_world_size()
+
 def layout(device):
     """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
@@ -488,6 +503,7 @@ def train(images, iters=3000, batch=16, lr=1e-2, levels=2, width=32, layers=5, d
                   images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
+    rank, world = processes(device, batch)
     torch.manual_seed(seed)
     model = PixelCNN(images.shape[1], images.shape[2], levels, width, layers)
     model = model.to(device, memory_format=layout(device))
@@ -500,13 +516,15 @@ def train(images, iters=3000, batch=16, lr=1e-2, levels=2, width=32, layers=5, d
         opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     images, held_out = hold_out(images)
     net, images = torch.compile(model) if compiled else model, images.to(device)
+    if world > 1:
+        net, path = nn.parallel.DistributedDataParallel(net), None if rank else path
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     valid = log[-1][2] if log else math.inf
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
-        x = images[torch.randint(len(images), (batch,), device=device)]
+        x = to_levels(images[torch.randint(len(images), (batch,), device=device)], levels)
         with half_products(device):
-            loss = loss_nats(net, to_levels(x, levels))
+            loss = loss_nats(net, x[rank::world])
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -570,6 +588,7 @@ def main(argv=None):
     add("--plain", action="store_true", help="draw the samples without a cache, too, and compare; takes minutes")
     args = parser.parse_args(argv)
     with parser.guard():
+        rank, _ = processes(args.device, args.batch)
         device, path = pick_device(args.device), args.out / "model.pt"
         if args.levels > 256:
             raise ValueError(f"--levels {args.levels}: a byte has no more than 256")
@@ -577,6 +596,8 @@ def main(argv=None):
         print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {device}")
         train(images, args.iters, args.batch, args.lr, args.levels, args.width, args.layers, device, args.seed, path,
               args.fresh, args.compile)
+        if rank:
+            return  # the first process goes on alone
         model = load(path, device)
         start = time.perf_counter()
         x = sample(model, args.samples, args.seed, device).cpu()  # waits for the device

@@ -51,7 +51,7 @@ weights remembers little at first; the learning rate falls to zero.
 python rectified_flow.py --data mnist --samples 2000     168 s of training and 21 s of sampling on two cores; fd 21.4
 python rectified_flow.py --data mnist --samples 2000 --reflow 1 --steps 1     280 s more; fd 53.0 in a single step
 """
-import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, sys, time
+import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, os, sys, time
 import urllib.request, zlib
 from pathlib import Path
 
@@ -410,6 +410,21 @@ def image_parser(doc, name, train):
     add("--compile", action="store_true", help="torch.compile the network for training")
     return parser
 
+def processes(device, batch):
+    """(rank, number) of the processes that torchrun started, a GPU each or the CPU; (0, 1) of any other. All but the
+    first fall silent. ValueError if they cannot share a batch equally."""
+    dist, cuda = torch.distributed, torch.cuda.is_available() and str(device) != "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+    if batch % dist.get_world_size():
+        raise ValueError(f"--batch {batch}: {dist.get_world_size()} processes cannot share it equally")
+    return dist.get_rank(), dist.get_world_size()
+
 def layout(device):
     """channels_last pays on the CPU; convolutions on mps misread such weights (pytorch issue 192212)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
@@ -440,6 +455,7 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
         wanted |= dict(pairs=pairs, pair_steps=pair_steps)
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
+    rank, world = processes(device, batch)
     torch.manual_seed(seed)
     model = UNet(images.shape[1], images.shape[2], width, t_max=1).to(device, memory_format=layout(device))
     if start is not None:
@@ -452,6 +468,8 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
     if start is not None and done < iters:
         noise, images, _ = make_pairs(start, (pairs, *images.shape[1:]), pair_steps, seed + 1, device)  # (8)
     net, images = torch.compile(model) if compiled else model, images.to(device)
+    if world > 1:
+        net, path = nn.parallel.DistributedDataParallel(net), None if rank else path
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
@@ -460,7 +478,7 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
         x_0 = noise[index] if start is not None else torch.randn_like(x_1)
         t = (torch.rand(1, device=device) + torch.arange(batch, device=device) / batch) % 1  # even over the batch
         t = (2**0.5 * torch.erfinv(2 * t - 1)).sigmoid() if start is None else t**2  # logistic of a normal, or 0-heavy
-        loss = loss_flow(net, x_0, x_1, t)
+        loss = loss_flow(net, *(v[rank::world] for v in (x_0, x_1, t)))
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -509,6 +527,7 @@ def main(argv=None):
     add("--pairs", type=at_least(1), default=20000, help="noises and their images drawn for a reflow")
     args = parser.parse_args(argv)
     with parser.guard():
+        rank, _ = processes(args.device, args.batch)
         device, path = pick_device(args.device), args.out / "model.pt"
         if not args.tol > 0:
             raise ValueError(f"--tol {args.tol}: must be above 0")
@@ -518,8 +537,9 @@ def main(argv=None):
         for k in range(args.reflow + 1):
             path = args.out / f"reflow{k}" / "model.pt" if k else args.out / "model.pt"
             start = models[-1] if k else None
-            train(images, *settings, path, args.fresh, args.compile, start, args.pairs)
-            models.append(load(path, device))
+            models.append(train(images, *settings, path, args.fresh, args.compile, start, args.pairs))
+        if rank:
+            return  # the first process goes on alone
         shape = models[0].shape
         x, calls = sample(models[-1], (args.samples, *shape), args.steps, args.solver, args.tol, args.seed, device)
         save_samples(args.out, x)

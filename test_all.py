@@ -1819,12 +1819,14 @@ def test_rectified_flow_sample():
 def test_rectified_flow_command():
     """--reflow 2 trains each flow from the one before, samples the last, and steps.png shows each in 1, 2, 5, 50."""
     starts, real, real_load = [], flow.train, flow.load
-    load = lambda path, device="cpu": woken(real_load(path, device), sum(map(ord, str(path))))  # curved, each otherwise
+    curve = lambda model, path: woken(model, sum(map(ord, str(path))))  # each otherwise
+    load = lambda path, device="cpu": curve(real_load(path, device), path)
 
     @functools.wraps(real)
     def train(*args, **kwargs):
-        starts.append(inspect.signature(real).bind(*args, **kwargs).arguments.get("start"))
-        return real(*args, **kwargs)
+        given = inspect.signature(real).bind(*args, **kwargs).arguments
+        starts.append(given.get("start"))
+        return curve(real(*args, **kwargs), given["path"])
 
     with workdir() as here, mock.patch.multiple(flow, train=train, load=load):
         grey(here)
@@ -5872,6 +5874,79 @@ def test_training_wants_squares(module):
         raise AssertionError(f"it trained: {module.train(torch.zeros(4, 1, 8, 12, dtype=torch.uint8), iters=1)}")
     except ValueError as e:
         assert "12x8" in str(e)
+
+SPREAD = """
+import contextlib, importlib, os, pathlib, sys, torch
+words = ["--data", "pics", "--size", "8", "--width", "8", "--iters", "2", "--batch", "4", "--samples", "2"]
+rank, names = os.environ["RANK"], sys.argv[1:]
+flow = importlib.import_module("rectified_flow")
+flow.main([*words, "--reflow", "1", "--pairs", "6", "--out", "run" if rank == "0" else "nowhere"])
+images = torch.randint(256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+for name in names:
+    module, seen = importlib.import_module(name), set()
+    module.half_products = lambda device: contextlib.nullcontext()  # bfloat16 would hide what is compared
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda net, x: seen.add(len(x[0])) if net.training and isinstance(net, torch.nn.Conv2d) else None)
+    path = pathlib.Path(name if rank == "0" else "nowhere", "model.pt")
+    model = module.train(images, iters=1, batch=4, width=8, path=path)
+    hook.remove()
+    weights = {key: p.data for key, p in model.named_parameters()}
+    torch.save({"seen": sorted(seen), "average": weights}, f"{name}{rank}.pt")
+try:
+    flow.train(images, iters=1, batch=3)
+except ValueError as e:
+    pathlib.Path(f"odd{rank}").write_text(str(e))
+"""
+
+def test_torchrun():
+    """Two processes under torchrun make, of half a batch each, the gradients of one process with the whole, and a file
+    that one goes on with; the first alone samples and writes. gan.py's batch norm and dropout see half a batch, so the
+    one process that it is compared with shows its nets the two halves one after the other."""
+    def by_halves(real):
+        def forward(net, x):
+            if not net.training:
+                return real(net, x)
+            state, halves = torch.get_rng_state(), []
+            for half in x[::2], x[1::2]:
+                torch.set_rng_state(state)  # both processes draw the same dropout
+                halves.append(real(net, half))
+            return torch.stack(halves, 1).flatten(0, 1)
+        return forward
+
+    names = [name for name in ("ddpm", "ddim", "rectified_flow", "gan", "pixelcnn") if name in MODULES]
+    with workdir() as here:
+        paint(here / "pics")
+        (here / "spread.py").write_text(SPREAD, "utf-8")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+        child = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                "spread.py", *names], env=env, capture_output=True, text=True, timeout=150)
+        assert child.returncode == 0, child.stderr
+        assert [child.stdout.count(said) for said in ("images of 8x8x1", "2 samples")] == [1, 1], child.stdout
+        check_run_folder(flow, here / "run", (2, 8, 8))
+        assert not (here / "nowhere").exists()
+        assert all("--batch 3: 2 processes" in (here / f"odd{rank}").read_text() for rank in (0, 1))
+        images = torch.randint(256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        for name in names:
+            module, one, two = MODULES[name], here / "one" / "model.pt", here / name / "model.pt"
+            ranks = [torch.load(here / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1)]
+            assert [rank["seen"] for rank in ranks] == [[2], [2]], (name, ranks)  # images in a pass of a network
+            same(ranks[0]["average"], ranks[1]["average"])
+            train = functools.partial(quiet, module.train, images, iters=1, batch=4, width=8)
+            with contextlib.ExitStack() as patches:
+                patches.enter_context(mock.patch.object(module, "half_products", contextlib.nullcontext, create=True))
+                for net in (gan.Generator, gan.Discriminator) if name == "gan" else ():
+                    patches.enter_context(mock.patch.object(net, "forward", by_halves(net.forward)))
+                train(path=one, fresh=True)
+            a, b = (torch.load(path, weights_only=True) for path in (two, one))
+            assert a["settings"] == b["settings"] and a["done"] == b["done"] == 1
+            for mine, wanted in zip(a["parts"], b["parts"], strict=True):
+                if "param_groups" in mine:  # Adam's first moment: the gradient times a constant
+                    got, want = (torch.cat([state["exp_avg"].flatten() for state in part["state"].values()])
+                                 for part in (mine, wanted))
+                    assert want.abs().max() > 1e-6
+                    near(got, want, 1e-5 * want.abs().max())
+                assert mine.keys() == wanted.keys()
+            same(train(path=two).state_dict(), module.load(two).state_dict())  # one process takes it as its own
 
 # --------------------------------------------------------------------------------------------------------- runner -----
 def run(names):
