@@ -358,8 +358,9 @@ def test_repo_help(module):
         assert action.nargs == 0 or f"(default: {action.default})" in blocks[name], blocks[name]
 
 def commands(text):
-    """(file, words) of every python command in the code of a Markdown text or of a docstring."""
-    for file, words in re.findall(r"\bpython3? +(\w+\.py)((?: ?[^\s`&|;>]+)*)", re.sub(r" *\\\n *", " ", text)):
+    """(file, words) of every python or torchrun command in the code of a Markdown text or of a docstring."""
+    start = r"\b(?:python3?|torchrun --nproc-per-node \d+) +"
+    for file, words in re.findall(start + r"(\w+\.py)((?: ?[^\s`&|;>]+)*)", re.sub(r" *\\\n *", " ", text)):
         yield file, shlex.split(words, comments=True)
 
 def test_repo_readme():
