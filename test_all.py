@@ -4615,6 +4615,17 @@ def test_word2vec_topics():
                 near = [other for other, _ in word2vec.nearest(made, word, 10) if other in words][:8]
                 assert sum((other[0] in "bcd") == (word[0] in "bcd") for other in near) >= 7, (model, word, near)
 
+def test_word2vec_page():
+    """A word that is rare in the text and fills one page of it does not run away: no step is full of that page."""
+    rng = np.random.default_rng(0)
+    text = np.array([f"w{a}{b}" for a in "abcdefghij" for b in "abcdefghijklmnopqrst"])[rng.integers(0, 200, 30_000)]
+    text[12_000:12_600:3] = text[12_001:12_600:3] = "odd"
+    with workdir():
+        Path("text").write_text(" ".join(text), "utf-8")
+        vectors = quiet(word2vec.train, "text", epochs=2, dim=16, sample=0)
+    norm = vectors.table.norm(dim=1)
+    assert norm[vectors.words.index("odd")] < 10 * norm.median() < 20, norm
+
 def test_word2vec_hash_seed():
     """Another PYTHONHASHSEED, the same vectors."""
     code = "import sys, torch; torch.set_num_threads(1); import word2vec; word2vec.main(sys.argv[1:])"
