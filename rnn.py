@@ -51,7 +51,7 @@ chunk); b of f starts at 1; gradients longer than 1 are shortened; results come 
 python rnn.py --text shakespeare.txt      300 s on two cores; 1.4754 nats = 2.1286 bits a letter
 python rnn.py --cell rnn --out out/tanh   the tanh RNN
 """
-import argparse, ast, contextlib, copy, hashlib, inspect, io, math, os, sys, sysconfig, time, warnings
+import argparse, ast, contextlib, copy, hashlib, inspect, io, math, os, sys, sysconfig, time, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +218,8 @@ def load_text(path="docstrings"):
             text = Path(path).read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise ValueError(f"--text {path}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
+        except ValueError as e:  # a path with a NUL, say
+            raise ValueError(f"--text {path!r}: {e}") from None
     else:
         found, root = {}, sysconfig.get_path("stdlib")
         for folder, folders, files in os.walk(root):
@@ -240,19 +242,33 @@ def load_text(path="docstrings"):
 def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",)):
     """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
     file, state = io.BytesIO(), [part.state_dict() for part in parts]
-    torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
+    torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, columns=columns,
+                    rng=torch.get_rng_state()), file)
     write(path, file.getvalue())
+    save_log(path, log, columns)
+
+def save_log(path, log, columns):
+    """Beside the checkpoint at path; a kill just before leaves this to resume()."""
     rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
     write(path.with_name("log.csv"), "".join(",".join(row) + "\n" for row in rows).encode())
 
+@contextlib.contextmanager
+def reading(path):
+    """ValueError, in one sentence, for whatever goes wrong in here; torch's own errors are many."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{path}: not a checkpoint, damaged, or of another network ({type(e).__name__}); "
+                         "--fresh trains anew over it") from None
+
 def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
-    raw = io.BytesIO(path.read_bytes())
-    try:
-        state = torch.load(raw, map_location=device, weights_only=True)
-        method, had, _ = state["method"], state["settings"], state["parts"][2]
-    except Exception as e:  # torch.load's own are many: zip, pickle, struct, runtime, key, type
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(e).__name__})") from None
+    raw = path.read_bytes()
+    with reading(path):
+        if zipfile.ZipFile(io.BytesIO(raw)).testzip():
+            raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
+        state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
+        method, had, _ = state["method"], dict(state["settings"]), state["parts"][2]
     if method not in methods:
         raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
     for name in wanted:
@@ -262,19 +278,23 @@ def load_checkpoint(path, methods, device, wanted=()):
     return state
 
 def fill(path, parts, saved):
-    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    try:
+    """Load the saved state of each part. ValueError if the checkpoint at path is of another network, or not finite."""
+    with reading(path):
         for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: of another network ({type(e).__name__}); --fresh trains anew over it") from None
+            if isinstance(part, nn.Module) and not all(x.isfinite().all() for x in state.values()):
+                raise FloatingPointError
 
 def resume(path, parts, state):
     """Put a checkpoint back into the parts and the generator -> iterations done, log."""
     fill(path, parts, state["parts"])
-    torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
-    torch.set_rng_state(state["rng"].cpu())
-    return state["done"], state["log"]
+    with reading(path):
+        done, log = int(state["done"]), [(int(i), *map(float, values)) for i, *values in state["log"]]
+        torch.manual_seed(state["settings"]["seed"] + done)  # an accelerator's generator is not saved: new numbers
+        torch.set_rng_state(state["rng"].cpu())
+    if "columns" in state:
+        save_log(path, log, state["columns"])
+    return done, log
 
 class Progress:
     """One line that renews itself in a terminal; elsewhere a line every 20 seconds and one at the end."""
@@ -300,6 +320,8 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def guard(self):
+        if hasattr(sys.stdout, "reconfigure"):  # what the terminal's encoding lacks is no reason to stop
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             yield
         except (OSError, ValueError, FloatingPointError) as e:
@@ -420,8 +442,9 @@ def train(text, iters=4200, batch=64, length=32, lr=4e-3, cell="lstm", width=512
 def load(path, device="cpu"):
     """The averaged network of a checkpoint, ready to sample; model.chars are the letters that it knows."""
     state = load_checkpoint(Path(path), ["rnn"], device)
-    had = state["settings"]
-    model = CharRNN(had["chars"], had["cell"], had["width"], dropout=had["dropout"])
+    with reading(path):
+        had = state["settings"]
+        model = CharRNN(had["chars"], had["cell"], had["width"], dropout=had["dropout"])
     fill(path, [model], state["parts"][1:2])
     return model.to(device).requires_grad_(False).eval()
 
