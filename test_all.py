@@ -519,6 +519,10 @@ def test_repo_bad_data(module):
     wrong = [refused_data(module, files, say) for files, say in bad.values()]
     assert not any(wrong), "\n".join(f"{kind}: {w}" for kind, w in zip(bad, wrong) if w)
     with workdir() as here:
+        exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0\1\x1a\0\1\0\0\0\1\x48\0\0\0\0\0\0\0"
+        Image.fromarray(x[0]).save("a.png", exif=exif)  # to be turned, and its resolution is of a wrong type
+        with contextlib.suppress(ValueError):
+            module.read_picture(here / "a.png", 8, 1)
         unpack({"secret/a.png": picture.getvalue()}, here)
         (here / "secret" / "a.png").chmod(0)
         unreadable = not os.access(here / "secret" / "a.png", os.R_OK)  # root may read everything
