@@ -305,8 +305,10 @@ class BPE:
         """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def save(self, folder):
-        """Writes GPT-2's vocab.json and merges.txt, and ranks.tiktoken, which has no place for special tokens."""
+    def save(self, folder, settings=None):
+        """Writes GPT-2's vocab.json and merges.txt, and ranks.tiktoken, which has no place for special tokens.
+
+        settings: a dict that goes into settings.json. vocab.json is last: without it the folder has no tokenizer."""
         show = lambda raw: "".join(CHARS[i] for i in raw.translate(IDS))
         names = {show(raw): i for raw, i in self.tokens.items()}
         if both := names.keys() & self.special.keys():
@@ -314,9 +316,13 @@ class BPE:
         by_id = lambda names: dict(sorted(names.items(), key=lambda item: item[1]))
         lines = [f"{show(a)} {show(b)}\n" for a, b in self.merges]
         ranks = [f"{base64.b64encode(raw).decode()} {i}\n" for raw, i in by_id(self.tokens).items()]
-        write(Path(folder, "merges.txt"), "".join(["#version: 0.2\n", *lines]).encode())
+        merges = "".join(["#version: 0.2\n", *lines]).encode()
+        vocab = json.dumps(by_id(names | self.special), ensure_ascii=False).encode()
+        write(Path(folder, "merges.txt"), merges)
         write(Path(folder, "ranks.tiktoken"), "".join(ranks).encode())
-        write(Path(folder, "vocab.json"), json.dumps(by_id(names | self.special), ensure_ascii=False).encode())
+        if settings:
+            write(Path(folder, "settings.json"), json.dumps(settings | dict(made=fingerprint(vocab, merges))).encode())
+        write(Path(folder, "vocab.json"), vocab)
 
     @classmethod
     def load(cls, path):
@@ -325,7 +331,7 @@ class BPE:
         path = Path(path)
         try:
             return (cls.load_ranks(path) if path.is_file() else cls.load_folder(path)).prepare()
-        except (binascii.Error, LookupError, TypeError, AttributeError, ValueError) as e:
+        except (binascii.Error, LookupError, TypeError, AttributeError, ValueError, RecursionError) as e:
             raise ValueError(f"{path}: not a tokenizer, or a damaged one ({e})") from None
 
     @classmethod
@@ -382,6 +388,8 @@ def load_text(path="docstrings"):
             text = Path(path).read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise ValueError(f"--text {path}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
+        except ValueError as e:  # a path with a NUL, say
+            raise ValueError(f"--text {path!r}: {e}") from None
     else:
         found, root = {}, sysconfig.get_path("stdlib")
         for folder, folders, files in os.walk(root):
@@ -409,6 +417,8 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def guard(self):
+        if hasattr(sys.stdout, "reconfigure"):  # what the terminal's encoding lacks is no reason to stop
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             yield
         except (OSError, ValueError, FloatingPointError) as e:
@@ -476,8 +486,8 @@ def main(argv=None):
         file = args.encode or args.decode
         given = contents(file) if file else b""
         bpe, had = find_or_train(args, sys.stderr if file else sys.stdout)
-        if hasattr(sys.stdout, "reconfigure"):  # for a file the very bytes, on any system
-            sys.stdout.reconfigure(**dict(encoding="utf-8", newline="") if file else dict(errors="backslashreplace"))
+        if file and hasattr(sys.stdout, "reconfigure"):  # the very bytes, on any system
+            sys.stdout.reconfigure(encoding="utf-8", newline="")
         if args.encode:
             try:
                 print(*bpe.encode(given.decode()))
@@ -504,7 +514,7 @@ def find_or_train(args, log):
     """The run folder's tokenizer, trained first if there is none -> BPE, what settings.json has. ValueError if it was
     made otherwise."""
     path, job = args.out / "settings.json", args.encode or args.decode
-    there = any((args.out / name).exists() for name in ("settings.json", "vocab.json", "encoder.json"))
+    there = any((args.out / name).exists() for name in ("vocab.json", "encoder.json"))
     text = None if args.text == "docstrings" else load_text(args.text)
     name = f"docstrings of Python {platform.python_version()}" if text is None else (
         hashlib.sha256(text.encode()).hexdigest()[:12])
@@ -515,10 +525,11 @@ def find_or_train(args, log):
         if path.exists():
             try:
                 had = json.loads(path.read_bytes())
-                if had["made"] != fingerprint(args.out):
+                files = ((args.out / name).read_bytes() for name in ("vocab.json", "merges.txt"))
+                if had["made"] != fingerprint(*files):
                     raise ValueError("it was written for another vocab.json or merges.txt")
                 had["bytes"] / had["tokens"]
-            except (ValueError, LookupError, TypeError, ZeroDivisionError) as e:
+            except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as e:
                 raise ValueError(f"{path}: damaged ({e}); --fresh trains anew over it") from None
         for name in wanted:
             if had.get(name) != wanted[name] and (flags[name] or not job):  # to encode, no flag need be given again
@@ -531,13 +542,12 @@ def find_or_train(args, log):
     had = dict(wanted, bytes=len(text.encode()), tokens=len(bpe.encode(text)))
     if len(bpe.bytes) < args.vocab:
         print(f"no pair is left in this text after {len(bpe.merges)} merges", file=log)
-    bpe.save(args.out)
-    write(path, json.dumps(had | dict(made=fingerprint(args.out))).encode())
+    bpe.save(args.out, had)
     return bpe, had
 
-def fingerprint(folder):
-    """Of the files from which BPE.load reads a run folder."""
-    return hashlib.sha256((folder / "vocab.json").read_bytes() + (folder / "merges.txt").read_bytes()).hexdigest()[:12]
+def fingerprint(vocab, merges):
+    """Of the bytes of the files from which BPE.load reads a run folder."""
+    return hashlib.sha256(vocab + merges).hexdigest()[:12]
 
 if __name__ == "__main__":
     main()

@@ -52,7 +52,7 @@ python checkpointing.py --strategy slots --slots 5               trains 100 laye
 python checkpointing.py --compare --depth 1000 --budget 6.5      sqrt: 1/21 of the memory at 1.38 times the seconds
 """
 import argparse, collections, contextlib, functools, gzip, hashlib, http.client, inspect, io, itertools, math
-import statistics, sys, time, urllib.request, weakref, zlib
+import statistics, sys, time, urllib.request, weakref, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -428,17 +428,19 @@ def read_idx(path):
         raise ValueError(f"{path}: broken gzip file ({e})") from None
     head = 4 + 4 * raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else 0
     shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, head, 4)]
-    if not shape or not math.prod(shape) or len(raw) != head + math.prod(shape):
+    if not 0 < len(shape) < 32 or not math.prod(shape) or len(raw) != head + math.prod(shape):
         raise ValueError(f"{path}: not an IDX file of bytes, or empty, or cut short")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 def read_picture(path, size, channels):
     """The middle square of a picture, scaled -> uint8 (channels, size, size). ValueError if Pillow cannot read it."""
     try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of what it reads all the same, or refuses besides
+            with Image.open(path) as picture:
+                picture = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
         return np.array(ImageOps.fit(picture, (size, size))).reshape(size, size, channels).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # Pillow's own are many: OS, syntax, struct, type, bomb
         raise ValueError(f"{path}: not a picture that can be read ({e})") from None
 
 def load_images(data, size=28, channels=1, test=False):
@@ -498,14 +500,23 @@ def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",))
     rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
     write(path.with_name("log.csv"), "".join(",".join(row) + "\n" for row in rows).encode())
 
+@contextlib.contextmanager
+def reading(path):
+    """ValueError, in one sentence, for whatever goes wrong in here; torch's own errors are many."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{path}: not a checkpoint, damaged, or of another network ({type(e).__name__}); "
+                         "--fresh trains anew over it") from None
+
 def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
-    raw = io.BytesIO(path.read_bytes())
-    try:
-        state = torch.load(raw, map_location=device, weights_only=True)
-        method, had, _ = state["method"], state["settings"], state["parts"][2]
-    except Exception as e:  # torch.load's own are many: zip, pickle, struct, runtime, key, type
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(e).__name__})") from None
+    raw = path.read_bytes()
+    with reading(path):
+        if zipfile.ZipFile(io.BytesIO(raw)).testzip():
+            raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
+        state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
+        method, had, _ = state["method"], dict(state["settings"]), state["parts"][2]
     if method not in methods:
         raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
     for name in wanted:
@@ -516,11 +527,9 @@ def load_checkpoint(path, methods, device, wanted=()):
 
 def fill(path, parts, saved):
     """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    try:
+    with reading(path):
         for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: of another network ({type(e).__name__}); --fresh trains anew over it") from None
 
 def resume(path, parts, state):
     """Put a checkpoint back into the parts and the generator -> iterations done, log."""
@@ -553,6 +562,8 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def guard(self):
+        if hasattr(sys.stdout, "reconfigure"):  # what the terminal's encoding lacks is no reason to stop
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             yield
         except (OSError, ValueError, FloatingPointError) as e:

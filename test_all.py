@@ -10,6 +10,7 @@ The method is tested against what does not share its code: closed forms, float64
 import argparse, ast, base64, collections, concurrent.futures, contextlib, difflib, errno, functools, gzip, hashlib
 import heapq, http.server, importlib, inspect, io, itertools, json, math, multiprocessing, os, re, shlex, subprocess
 import sys, tempfile, threading, time, tokenize, traceback, types, unicodedata, unittest, warnings
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -507,6 +508,7 @@ def test_repo_bad_data(module):
            "wrong magic": ({name: b"\0\0\x0d" + idx(x)[3:]}, name), "no bytes": ({name: b""}, name),
            "only a magic": ({name: b"\0\0\x08\x03"}, name), "cut short": ({name: idx(x)[:-1]}, name),
            "too long": ({name: idx(x) + b"x"}, name), "huge": ({name: huge}, name),
+           "99 dimensions": ({name: bytes([0, 0, 8, 99]) + b"\0\0\0\1" * 99 + b"x"}, name),
            "empty array": ({name: idx(x[:0])}, name), "labels": ({name: idx(x[:, 0, 0])}, name),
            "no training part": ({"t10k-images-idx3-ubyte": idx(x)}, name),
            "text called .png": ({"sub/a.png": b"hello"}, "a.png"), "empty .jpg": ({"a.jpg": b""}, "a.jpg"),
@@ -515,6 +517,14 @@ def test_repo_bad_data(module):
     wrong = [refused_data(module, files, say) for files, say in bad.values()]
     assert not any(wrong), "\n".join(f"{kind}: {w}" for kind, w in zip(bad, wrong) if w)
     with workdir() as here:
+        exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0\1\x1a\0\1\0\0\0\1\x48\0\0\0\0\0\0\0"
+        Image.fromarray(x[0]).save("a.png", exif=exif)  # to be turned, and its resolution is of a wrong type
+        with contextlib.suppress(ValueError):
+            module.read_picture(here / "a.png", 8, 1)
+        Image.fromarray(x[0]).convert("P").save("a.png", transparency=bytes(9))  # Pillow has a warning for these
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert module.read_picture(here / "a.png", 8, 3).shape == (3, 8, 8)
         unpack({"secret/a.png": picture.getvalue()}, here)
         (here / "secret" / "a.png").chmod(0)
         unreadable = not os.access(here / "secret" / "a.png", os.R_OK)  # root may read everything
@@ -551,7 +561,11 @@ def test_repo_bad_checkpoint(module):
 
     parts = torch.load(io.BytesIO(good), weights_only=True)["parts"]
     renamed = [{"old_" + key: value for key, value in part.items()} for part in parts]  # as a changed network has them
-    broken = {"empty": b"", "garbage": b"garbage" * 99, "cut short": good[:-100], "cut shorter": good[:999],
+    with zipfile.ZipFile(io.BytesIO(good)) as file:
+        largest = file.read(max(file.infolist(), key=lambda record: record.file_size))
+    broken = {"of one bit less": good.replace(largest, bytes([largest[0] ^ 1]) + largest[1:]),
+              "of wrong types": edited(settings=[1]), "without parts": edited(parts=[None] * len(parts)),
+              "empty": b"", "garbage": b"garbage" * 99, "cut short": good[:-100], "cut shorter": good[:999],
               "another file's": edited(method="other"), "another network's": edited(parts=renamed)}
     other = [("--width", 16, "width 8, not 16"), ("--iters", 131, "iters 130, not 131"), ("--seed", 7, "seed 0, not 7"),
              ("--batch", 3, "batch [0-9]+, not 3"), ("--lr", 0.5, "lr .*, not 0.5"), ("--size", 12, "size 8, not 12"),
@@ -587,6 +601,14 @@ def test_repo_loss_not_finite(module):
             flags += ["--iters", 3] if "--iters" in options(module) else []
             wrong = refused(module, [*words, *flags], "iteration.*--lr", here)
         assert not wrong, wrong
+
+@each()
+def test_repo_narrow_stdout(module):
+    """A letter that the encoding of stdout lacks, in a path say, does not end a run."""
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with contextlib.redirect_stdout(out), module.Parser().guard():
+        print("\xe9\udcff", flush=True)
+    assert out.buffer.getvalue().split() == [rb"\xe9\udcff"]
 
 @each()
 def test_repo_full_disk(module):
@@ -4317,7 +4339,8 @@ def test_bpe_formats():
         again.save("again")
         assert (here / "again/ranks.tiktoken").read_bytes() == (here / "run/ranks.tiktoken").read_bytes()
         files = snapshot(here / "run")
-        bad = {"vocab.json": [b"", b"[]", b"{", b'{"a": 0}', files["vocab.json"].replace(b" 256,", b' "256",'), b"\xff",
+        bad = {"vocab.json": [b"", b"[]", b"{", b'{"a": 0}', b"\xff", b"[" * 99999,
+                              files["vocab.json"].replace(b" 256,", b' "256",'),
                               files["vocab.json"].replace(b" 256,", b" 255,"),
                               files["vocab.json"].replace(b" 256,", b" -256,")],
                "merges.txt": [b"one\n", b"a b c\n", b"zz zz\n", "日 a\n".encode(), b"\xff"],
@@ -4405,6 +4428,7 @@ def test_bpe_load_text():
                          (b"a\xe9" * 999, "byte 1")]:
             (here / "text").write_bytes(raw)
             assert re.search(f"text.*{say}", refusal(bpe.load_text, "text"))
+        assert "--text" in refusal(bpe.load_text, "NUL\0")
         assert "nowhere" in refusal(bpe.load_text, "nowhere") and refusal(bpe.load_text, here)
 
 def piped(words, text):
@@ -4452,7 +4476,7 @@ def test_bpe_command():
             (here / "ids.txt").write_text("5 280")
             wrong += [refused(bpe, [*out, "--decode", "ids.txt"], "280", here)]
             for name in "vocab.json", "merges.txt", "settings.json":
-                for raw in b"", b"{}", files["run/" + name][:-9], None:
+                for raw in b"", b"{}", files["run/" + name][:-9], *[None][name == "vocab.json":]:
                     unpack(files, here)
                     (here / "run" / name).unlink()
                     unpack({"run/" + name: raw}, here)
@@ -4462,6 +4486,18 @@ def test_bpe_command():
             assert call(bpe, ["--out", "run", "--encode", "odd.txt"]) == (0, ids, "")
             wrong += [refused(bpe, [*words, *special], "--fresh", here)]
         assert not any(wrong), "\n".join(filter(None, wrong))
+        write = bpe.write
+        for stop in "merges.txt", "ranks.tiktoken", "settings.json", "vocab.json":  # killed just after, it still ends
+
+            def killed(path, raw, stop=stop):
+                write(path, raw)
+                if path.name == stop:
+                    raise KeyboardInterrupt
+
+            with mock.patch.object(bpe, "write", killed):
+                assert call(bpe, [*words, *special, "--out", stop])[0] == 130
+            assert call(bpe, [*words, *special, "--out", stop])[0] == 0
+            assert snapshot(here / stop) == {name[4:]: raw for name, raw in files.items() if name.startswith("run/")}
         assert call(bpe, [*words, *special, "--fresh"])[0] == 0 and snapshot(here / "run") == {
             name[4:]: raw for name, raw in files.items() if name.startswith("run/")}
         status, out, err = call(bpe, [*words, "--out", "new", "--encode", "odd.txt"])  # trains first, but not on stdout

@@ -60,7 +60,7 @@ python word2vec.py --text english.txt      25 s on one core for 3.1 million word
 python word2vec.py --nearest file error    of the run that is there
 """
 import argparse, ast, collections, contextlib, hashlib, inspect, io, math, os, re, sys, sysconfig, tempfile, time
-import warnings
+import warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +166,8 @@ def load_text(path="docstrings"):
             text = Path(path).read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise ValueError(f"--text {path}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
+        except ValueError as e:  # a path with a NUL, say
+            raise ValueError(f"--text {path!r}: {e}") from None
     else:
         found, root = {}, sysconfig.get_path("stdlib")
         for folder, folders, files in os.walk(root):
@@ -193,14 +195,23 @@ def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",))
     rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
     write(path.with_name("log.csv"), "".join(",".join(row) + "\n" for row in rows).encode())
 
+@contextlib.contextmanager
+def reading(path):
+    """ValueError, in one sentence, for whatever goes wrong in here; torch's own errors are many."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{path}: not a checkpoint, damaged, or of another network ({type(e).__name__}); "
+                         "--fresh trains anew over it") from None
+
 def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
-    raw = io.BytesIO(path.read_bytes())
-    try:
-        state = torch.load(raw, map_location=device, weights_only=True)
-        method, had, _ = state["method"], state["settings"], state["parts"][2]
-    except Exception as e:  # torch.load's own are many: zip, pickle, struct, runtime, key, type
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(e).__name__})") from None
+    raw = path.read_bytes()
+    with reading(path):
+        if zipfile.ZipFile(io.BytesIO(raw)).testzip():
+            raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
+        state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
+        method, had, _ = state["method"], dict(state["settings"]), state["parts"][2]
     if method not in methods:
         raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
     for name in wanted:
@@ -211,11 +222,9 @@ def load_checkpoint(path, methods, device, wanted=()):
 
 def fill(path, parts, saved):
     """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    try:
+    with reading(path):
         for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: of another network ({type(e).__name__}); --fresh trains anew over it") from None
 
 def resume(path, parts, state):
     """Put a checkpoint back into the parts and the generator -> iterations done, log."""
@@ -248,6 +257,8 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def guard(self):
+        if hasattr(sys.stdout, "reconfigure"):  # what the terminal's encoding lacks is no reason to stop
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             yield
         except (OSError, ValueError, FloatingPointError) as e:
