@@ -171,8 +171,8 @@ class NICE(nn.Module):
 
     @torch.no_grad()
     def start(self, x):
-        """Sets, by a few thousand dequantised images: the unit of each coupling, the spread of what it changes; the
-        last biases of the first two, which give y the mean 0; s, which gives each number of h the root mean square 1.8."""
+        """Sets, by a few thousand dequantised images: the unit of each coupling, to the spread of what it changes;
+        the last biases of the first two, so that y has mean 0; s, so that each number of h has mean square 1.8^2."""
         a, b = halves(x.flatten(1))
         for i, m in enumerate(self.m):
             half, (*_, last, spread) = (b, a)[i % 2], m

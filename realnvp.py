@@ -30,7 +30,7 @@ No derivative of s or t is in it, and as y_1 = h_1 is still there, neither is in
 exp(s) of a free s overflows sooner or later. With raw from the network and one learned scale a channel, |s| <= |scale|:
   (6) s = scale tanh(raw)
 Halves. Of a checkerboard h_1 is the pixels (i, j) with i + j even; the mask b of [9] has those with i + j odd, but
-either may come first. In a 2x2 cell [[a b] [c d]] they are a and d. So each half is an image of half the side, and no
+either may come first. In a 2x2 cell [[a b] [c d]] it has a and d. So each half is an image of half the side, and no
 masked zero is computed:
   (7) h (N, C, H, W) -> h_1 = (all a, all d),  h_2 = (all b, all c),  each (N, 2 C, H/2, W/2)
 Squeezed to (N, 4 C, H/2, W/2), the same four are channels. The channel-wise halves are the first two and the last two:
