@@ -13,7 +13,7 @@ z        z                   latents, (N, Z), N(0, I); Z is --latent
 G(z)     G(z), fake          generated images, (N, C, H, W), -1 .. 1; their law is p_g
 d(x)     D(x), real_logits   what the network of D answers, (N,): any real number, above 0 if x looks real
 D(x)     logits.sigmoid()    the paper's D, 0 .. 1: the probability that x is real, 1 / (1 + e^-d(x))
-JS       >= js_estimate      Jensen-Shannon divergence of p_data and p_g in nats, 0 .. log 2 = 0.693; the code has (4)
+JS       >= js_estimate      Jensen-Shannon divergence of p_data and p_g, 0 .. log 2 = 0.693 nats; (4) bounds it
 k        k                   steps of D for each step of G
 
 The game. D raises, and G lowers, one value:
@@ -47,8 +47,8 @@ last line printed is. For it, and to draw, G and D are in .eval(): no dropout, a
 of D from real and generated batches together. Mode collapse, few pictures for all z: raise --k or lower --lr.
 Differs from the paper in: convolutions and batch norm much like those of DCGAN (Radford et al. 2015, arXiv:1511.06434),
 with its initial weights and Adam's beta_1 = 0.5, but beta_2 = 0.99 and ten times its learning rate; D's last generated
-batch serves the step of G too; averages of the weights draw and report; the learning rate rises for 200 steps and then
-falls to 40 %; no Parzen windows.
+batch serves the step of G too; the images drawn and the last line printed come from averages of the weights; the
+learning rate rises for 200 steps and then falls to 40 %; no Parzen windows.
 
 python gan.py --data mnist --samples 2000         155 s on two cores; fd 14.1
 python gan.py --loss minimax --out out/minimax    the game as it was first written
@@ -82,8 +82,8 @@ def js_estimate(real_logits, fake_logits):
 
 def d_step(D, opt, x, fake):
     """One step of D. Images (N, C, H, W) -> their logits before it, (N,) each. G and its gradients stay as they are."""
-    # detach: the same numbers without their history. With it, backward() would go on into G, for as long as a step of
-    # G takes, and use up the history, so that G's own step, which needs it, ends in an error.
+    # detach: the same numbers without their history. With the history, backward() would go on into G, for as long as a
+    # step of G takes, and use the history up, so that G's own step, which needs it, ends in an error.
     real_logits, fake_logits = D(x), D(fake.detach())  # a batch each
     opt.zero_grad()
     loss_d(real_logits, fake_logits).backward()  # (1), D raises V

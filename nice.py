@@ -34,8 +34,8 @@ those that hold only noise. This orders them, as a principal component analysis 
   (6) log p_H(h) = sum_i log sigmoid'(h_i) = sum_i -softplus(h_i) - softplus(-h_i),  softplus(v) = log(1 + e^v)    [3.4]
 Its cumulative function is sigmoid. The inverse of that makes even numbers logistic, and f^-1 makes these an image:
   (7) h_i = log u_i - log(1 - u_i),  u_i even on 0 .. 1;  x = f^-1(h)
-Bytes have no density: a model could put a spike on each, and gain without bound. So each byte is spread over its bin,
-which is (255 x + u) / 256 in the authors' code, for a byte written as x = k / 255:
+Bytes have no density: a model could put a spike on each, and gain without bound. So each byte is spread over its bin.
+The authors' code has the same as (255 x + u) / 256, for there x = k / 255 is the image before u is added:
   (8) x = (k + u) / 256,  u even on 0 .. 1;  and back, k = floor(256 x)                                            [5.1]
 A bin has the probability P(k) = 256^-D E_u[p_X(x)] >= 256^-D exp E_u[log p_X(x)], by Jensen, so bytes cost at most
   (9) bits/dim = 8 - log p_X(x) / (D ln 2), the mean over u, log p_X in nats: the paper's 1980.50 are 4.356, D = 784
@@ -171,8 +171,8 @@ class NICE(nn.Module):
 
     @torch.no_grad()
     def start(self, x):
-        """Given a few thousand dequantised images: y centred, by the first two couplings, and each number of h with a
-        root mean square of 1.8; the spreads of the couplings."""
+        """Sets, by a few thousand dequantised images: the unit of each coupling, to the spread of what it changes;
+        the last biases of the first two, so that y has mean 0; s, so that each number of h has mean square 1.8^2."""
         a, b = halves(x.flatten(1))
         for i, m in enumerate(self.m):
             half, (*_, last, spread) = (b, a)[i % 2], m
@@ -440,7 +440,7 @@ def hold_out(images):
 
 @torch.inference_mode()
 def measure(model, images, seed=0, chunk=1000):
-    """log p_X in nats, (N,), of uint8 images (N, C, H, W). One u for each byte, the same whenever the seed is."""
+    """log p_X in nats, (N,), of uint8 images (N, C, H, W). One u for each byte, the same for the same seed."""
     device, nats = model.s.device, []
     generator = torch.Generator(device).manual_seed(seed)
     for k in images.split(chunk):

@@ -23,22 +23,22 @@ Change of variables: where a map stretches space, what was on it gets thinner. F
 f is a chain of simple steps on the logits h of x, see (13): determinants multiply, so their logs add up, and f^-1
 undoes the last step first. The step that learns is the affine coupling. It changes one half by what is in the other:
   (3) y_1 = h_1,  y_2 = h_2 exp(s(h_1)) + t(h_1)                                                                  [4, 5]
-dy_1/dh_2 = 0, so the Jacobian is triangular with 1 and exp(s) on its diagonal. No derivative of s or t is in it,
+dy_1/dh_2 = 0, so the Jacobian is triangular, and its determinant is the product of its diagonal, 1s and exp(s):
   (4) log|det dy/dh| = sum s(h_1)                                                                                    [6]
-and as y_1 = h_1 is still there, nothing has to be solved to go back; s and t may be any networks:
+No derivative of s or t is in it, and as y_1 = h_1 is still there, neither is inverted to go back; any networks will do:
   (5) h_1 = y_1,  h_2 = (y_2 - t(y_1)) exp(-s(y_1))                                                                  [8]
 exp(s) of a free s overflows sooner or later. With raw from the network and one learned scale a channel, |s| <= |scale|:
   (6) s = scale tanh(raw)
-Halves. In a checkerboard the first half is all pixels (i, j) with i + j even: the mask of [9], 1 where i + j is odd,
-reversed, for either may come first. Of a 2x2 cell [[a b] [c d]] they are a and d. So each half is an image of half the
-side, and no masked zero is computed:
+Halves. Of a checkerboard h_1 is the pixels (i, j) with i + j even; the mask b of [9] has those with i + j odd, but
+either may come first. In a 2x2 cell [[a b] [c d]] it has a and d. So each half is an image of half the side, and no
+masked zero is computed:
   (7) h (N, C, H, W) -> h_1 = (all a, all d),  h_2 = (all b, all c),  each (N, 2 C, H/2, W/2)
 Squeezed to (N, 4 C, H/2, W/2), the same four are channels. The channel-wise halves are the first two and the last two:
   (8) h_1 = (all a, all b),  h_2 = (all d, all c)
 h_2 changes by h_1, then h_1 by h_2, and so on: two couplings change every pixel. After both kinds of halves, h_2 is
 put aside as latents; h_1 goes on to a second scale of the same kind, at half the side, where both end as latents:
   (9) (h', z_1) = f_1(h),  (h'', z_2) = f_2(h'),  z = (z_1, z_2, h''): D/2, D/4 and D/4 numbers                 [13-16]
-Before all couplings each pixel of h gets mean 0 and variance 1 (those of 1000 images), a learned gain and a bias:
+Before all couplings each pixel of h gets mean 0 and variance 1, over 1000 images, then a learned gain and bias:
   (10) y = (h - mean) / deviation exp(gain) + bias,  log|det dy/dh| = sum (gain - log deviation)
 Data. A density can grow without limit on bytes, which are points, so u, even on [0, 1), fills the gaps between them:
   (11) x = (byte + u) / 256
@@ -58,7 +58,7 @@ Differs from the paper in: (10) once, and no batch norm; alpha, 0.05 there (a wi
 bits/dim on MNIST with that after a minute, 1.74 with 1e-6); 1 - 2 alpha for 1 - alpha, as in the authors' code, so
 that x = 1 has a logit too; the other half of the checkerboard first; two scales of one width, with channel-wise
 couplings in both; small networks without weight norm; no mirrored images; averaged weights; a learning rate that falls
-to zero; T, which it has not; phi and phi' end at pi/2 (its code goes all around), which puts the four images in
+to zero; T, which is ours; phi and phi' end at pi/2 (its code goes all around), which puts the four images in
 corners.
 
 python realnvp.py --data mnist --samples 2000    144 s on two cores; 1.2212 bits/dim
@@ -123,7 +123,7 @@ def from_checkerboard(left, right):
 def regroup(left, right):
     """Halves of the checkerboard, (a d) and (b c) -> channel-wise halves, (a b) and (d c). It undoes itself."""
     (a, d), (b, c) = left.chunk(2, 1), right.chunk(2, 1)
-    return torch.cat([a, b], 1), torch.cat([d, c], 1)  # (8)
+    return torch.cat([a, b], 1), torch.cat([d, c], 1)  # (8), d first: so it undoes itself
 
 def couple(nets, left, right):
     """Each net in turn changes a half by what it sees in the other, the right half first.
@@ -194,7 +194,7 @@ class ScaleShift(nn.Module):
 class RealNVP(nn.Module):
     """Logits h (N, channels, size, size) -> z (N, D) and log|det dz/dh| (N,); size must be a multiple of 4.
 
-    At both scales there are so many couplings of checkerboard halves, and as many of channel-wise ones."""
+    couplings: how many for the checkerboard halves of each scale, and as many for its channel-wise halves."""
 
     def __init__(self, channels=1, size=28, width=16, blocks=1, couplings=3):
         super().__init__()
@@ -540,14 +540,13 @@ def train(images, iters=4600, batch=32, lr=2e-2, width=16, blocks=1, couplings=3
 def load(path, device="cpu"):
     """The averaged model of a checkpoint, ready to sample; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["realnvp"], device, dict(alpha=ALPHA))
-    names = "channels", "size", "width", "blocks", "couplings"
-    model = RealNVP(*(state["settings"][name] for name in names))
+    model = RealNVP(*(state["settings"][name] for name in ("channels", "size", "width", "blocks", "couplings")))
     fill(path, [model], state["parts"][1:2])
     return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 @torch.inference_mode()
 def image_bits(model, images, seed=0, device="cpu", chunk=500):
-    """Bits/dim of each of the uint8 images (N, C, H, W), (N,), with one u each: the same for the same seed."""
+    """Bits/dim, (N,), of uint8 images (N, C, H, W). One u for each byte, the same for the same seed."""
     generator, bits = torch.Generator(device).manual_seed(seed), []
     for x in images.split(chunk):
         x = dequantise(x.to(device), torch.rand(x.shape, generator=generator, device=device))  # (11)

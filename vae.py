@@ -28,7 +28,7 @@ KL(data(x) q(z|x) || p(z) p(x|z)) is a constant minus the mean over the data of 
 log p(x) = log E_q[p(x|z) p(z) / q(z|x)] >= E_q[log(p(x|z) p(z) / q(z|x))], makes that ELBO a lower bound of log p(x):
   (3) log p(x) >= ELBO(x) = E_q[log p(x|z)] - KL(q(z|x) || p(z)); the gap is KL(q(z|x) || p(z|x))              [1, 2, 3]
 The first part, the reconstruction, wants sigma small and the codes of images apart; the KL wants mu = 0 and sigma = 1.
-E_q is one draw of z. A draw has no derivative, but take the randomness from eps, whose law has no parameters:
+E_q is estimated by one draw of z. A draw has no derivative, but take its randomness from eps, whose law is fixed:
   (4) z = mu + sigma eps, eps ~ N(0, I), so that d/dmu E_q[f(z)] = E[f'(z)], d/dsigma E_q[f(z)] = E[f'(z) eps]       [4]
   (5) KL(q(z|x) || p(z)) = 1/2 sum_latents ( mu^2 + sigma^2 - 1 - log sigma^2 )                            [Appendix B]
 Pixels are independent once z is known. With log y = l - log(1 + e^l) and log(1 - y) = -log(1 + e^l):
@@ -37,7 +37,7 @@ Pixels and latents are summed, as log p(x|z) and the KL are sums over them; only
   (7) loss = -1/N sum_images ELBO(x), of the N images of a batch                                                     [8]
 A grey byte is read as a chance. A training image's pixels are drawn anew at each use, those of the test set only once:
   (8) x = 1 with probability byte / 255, else 0
-K draws of z give a better bound than (3), its case K = 1. It rises with K, and tends to log p(x):
+K draws of z give a better bound than (3), its case K = 1. It never falls as K grows, and tends to log p(x):
   (9) log p(x) >= E log( 1/K sum_k w_k ), w_k = p(x|z_k) p(z_k) / q(z_k|x), z_k from (4), with                [IWAE]
       log w_k = log p(x|z_k) + 1/2 sum_latents ( eps_k^2 - z_k^2 + log sigma^2 )
 A latent that the encoder does not use has mu = 0, sigma = 1 for all images, and no KL. In use, or active, are those of
@@ -50,8 +50,8 @@ sigma and not log sigma. ELBO and log p(x) lie below 0, higher is better; many l
 bits. x is binary: for grey or -1 .. 1 the numbers are no log p(x). Drawn anew (dynamic) or once (static), binarised
 MNIST is two data sets, whose figures do not compare. The pictures show y, the chances, and not draws of x.
 Differs from the paper in: a deeper network, with convolutions in the decoder, and SiLU for tanh; torch's initial
-weights; Adam for Adagrad; no prior on the weights; (8), which is IWAE's; results come from an average of the weights;
-the learning rate rises for 200 steps and then falls to zero.
+weights; Adam for Adagrad; no prior on the weights; (8), which is IWAE's; (7) is [8] divided by the number of images in
+the data set; results come from an average of the weights; the learning rate rises for 200 steps and falls to zero.
 
 python vae.py --data mnist --nll 500        435 s on two cores, 309 for the 500 draws; ELBO -91.72, log p(x) -87.90
 python vae.py --latent 2 --out out/plane    two latents, and manifold.png
@@ -122,7 +122,7 @@ def active_latents(mu):
     return mu.var(0, correction=0) > 0.01  # (10)
 
 def latent_plane(side):
-    """The z that part the plane into side x side cells of equal probability -> (side^2, 2)."""
+    """A z from each of side x side cells of equal probability -> (side^2, 2), the second number running fastest."""
     u = (torch.arange(side) + 0.5) / side
     z = 2**0.5 * torch.erfinv(2 * u - 1)  # (11)
     return torch.cartesian_prod(z, z)
@@ -130,7 +130,7 @@ def latent_plane(side):
 # -------------------------------------------------------------------------------------------------------- network -----
 # Any model with encode(x) -> mu, log_var and log_likelihood(x, z) would do above. The pictures want decode(z), too.
 class VAE(nn.Module):
-    """Fully connected layers, the last two of the decoder convolutions. x (N, channels, size, size), z (N, latent).
+    """Fully connected layers, and two transposed convolutions to end the decoder. x (N, channels, size, size).
 
     In eval mode an x with anything but zeros and ones in it is a ValueError; training does not wait for the check."""
 
@@ -155,7 +155,7 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """z -> logits (N, C, H, W)."""
-        return self.decoder(z)[:, :, : self.shape[1], : self.shape[2]]  # of a size not a multiple of 4 some is cut off
+        return self.decoder(z)[:, :, : self.shape[1], : self.shape[2]]  # at most 3 rows and columns are cut off
 
     def log_likelihood(self, x, z):
         """log p(x|z) in nats -> (N,)."""
