@@ -34,8 +34,8 @@ If x were drawn from p(x), like them, each of the N terms f(x_j, c) / m would ha
 that mean is 1: the integral of r has the mean 1 over the negatives. For given negatives Jensen's inequality says
       E_{p(x|c)} log(r / p(x|c)) <= log of the integral of r,
 and the mean of that log over the negatives is, by Jensen again, at most log 1 = 0. On the left stands the mean of
-log(f / m) - log(p(x|c) / p(x)), so E log(f / m) <= E log(p(x|c) / p(x)) = I(x; c). And f / m is N times the softmax in
-(2), so E log(f / m) = log N - L:
+log(f / m) - log(p(x|c) / p(x)), so E log(f / m) <= E log(p(x|c) / p(x)) = I(x; c). And f / m is N times the fraction
+in (2), so E log(f / m) = log N - L:
   (5) I(x; c) >= log N - L, which is at most log N, and near I for the f of (3) and many negatives
 A patch of side 2 s is cut out every s pixels, so rows r and r + 1 share pixels, which a guess one row ahead could copy.
 Rows r and r + 2 share none, and z is made of its own patch and nothing else:

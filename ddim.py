@@ -516,7 +516,7 @@ def main(argv=None):
         model = load(args.model, device) if args.model else None
         channels, size = model.shape[:2] if args.model else (args.channels, args.size)
         images = None if args.model else load_images(args.data, size, channels)
-        x_0 = load_images(args.data, size, channels, test=True)[:16].to(device).float() / 127.5 - 1
+        x_0 = to_float(load_images(args.data, size, channels, test=True)[:16].to(device))
         if model is None:
             path = args.out / "model.pt"
             print(f"{len(images)} images of {size}x{size}x{channels} from {args.data}, on {device}")

@@ -530,7 +530,7 @@ def main(argv=None):
         strip = [x_T] + [steps[t] for t in (800, 600, 400, 300, 200, 150, 100, 50, 0)]
         save_grid(args.out / "strip.png", torch.stack(strip, 1).flatten(0, 1), len(strip))
         if args.bound:
-            x_0 = held_out[: args.bound].to(device).float() / 127.5 - 1
+            x_0 = to_float(held_out[: args.bound].to(device))
             bits = bound(model, x_0, s, args.variance, True, generator)
             mean, error = bits.sum(1).mean(), bits.sum(1).std(correction=0) / len(bits) ** 0.5
             print(f"bound on {len(bits)} test images: {mean:.3f} +- {error:.3f} bits/dim = "

@@ -23,7 +23,7 @@ A vector of D bits can have 2^D values, too many for a table of p(x). But in any
 Each factor is a classifier: its classes are the K values of x_i, what it looks at is x_<i. By a softmax,
   (2) p(x_i = k | x_<i) = exp(l_ik) / sum_k' exp(l_ik'),  l_i a function of x_<i alone
 For bits and linear functions these are D logistic regressions, a fully visible sigmoid belief net: l_i1 - l_i0 is row i
-of W x + b, and that row has zeros from column i on. So a mask on W makes one network give all D conditionals at once.
+of W x + b, where row i of W has zeros from column i on. So a mask on W lets one network give all D conditionals.
   (3) of several layers the first may use what comes before i (mask A), all others also what they have at i (mask B)
 for a matrix with zeros on and above the diagonal, times others with zeros above it, has zeros on and above it again. As
 the x_i are known in training, one pass gives all D conditionals. A convolution is such a W: its mask keeps the rows
