@@ -3,7 +3,7 @@
 # dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""CPC: a network that learns to see, without labels, by picking out the patch that goes on below what it has seen.
+"""CPC: features of images, learned without labels, by telling which of many patches lies below what has been seen.
 
 Paper: van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018, arXiv:1807.03748.
 
@@ -14,40 +14,44 @@ c            c             context: what a GRU has kept of the rows 0 .. r of an
 k            k             how many rows below c a patch lies, 2, 3 or 4
 f(x, c)      scores.exp()  a positive number, high if x and c belong together; scores[.., i, j] is log f(x_j, c_i)
 N            N             candidates, one of which belongs to c
+W_k          W             makes a guess of z from c; in the code it is transposed, (C, Z)
 tau          TAU           what cosines are multiplied by
 L, I(x; c)   info_nce, -   loss; mutual information, of which nce_bound gives a lower bound; both in nats
 
 What x will be, given c, could be learned as a density p(x|c), which has to account for every pixel. Noise-contrastive
 estimation asks less: to tell one draw of p(x|c) from N - 1 draws of p(x), noise that the data itself provides. Let
-x_1 .. x_N be shuffled. That x_i is the draw of p(x|c) has the likelihood p(x_i|c) prod_{j != i} p(x_j), and with equal
-chances for all i beforehand, and prod_j p(x_j) divided out, Bayes gives
+x_1 .. x_N be all of them, shuffled. If x_i is the draw of p(x|c), their likelihood is p(x_i|c) prod_{j != i} p(x_j).
+All i are equally probable beforehand, so Bayes' rule, with prod_j p(x_j) divided out, gives
   (1) p(i | x_1 .. x_N, c) = [p(x_i|c) / p(x_i)] / sum_j [p(x_j|c) / p(x_j)]                                         [5]
-So it is a classification in N classes. A classifier with scores log f, a softmax over the candidates, has the loss
+This is a classification into N classes. With scores log f and a softmax over the candidates the loss is
   (2) L = -E log( f(x_i, c) / sum_j f(x_j, c) )                                                                      [4]
 Cross-entropy is least where the classifier is (1): the best f is a ratio of densities, times any factor of c alone,
   (3) f*(x, c) = p(x|c) / p(x)                                                                                       [2]
 and no density of pixels was needed. The paper's score is bilinear, z^T W_k c; here the lengths are divided out:
   (4) log f_k(x, c) = tau cos(z, W_k c), another W_k for each k                                                      [3]
-How much of x does c tell? For any f let r(x) = p(x) f(x, c) / m, with m the mean of f over x and the N - 1 negatives.
-Draw x from p(x), too: then each of the N terms f(x_j, c) / m has the same mean, and their sum is N, so the mean is 1.
-So r is, on average over the negatives, a density. Jensen's E_{p(x|c)} log(r / p(x|c)) <= log of the integral of r, of
-mean <= log 1 = 0, says E log(f / m) <= E log(p(x|c) / p(x)) = I(x; c). And E log(f / m) is log N - L:
-  (5) I(x; c) >= log N - L, at most log N; near it for the f of (3) and many negatives
-A patch of side 2 s is cut out every s pixels, so rows r and r + 1 share pixels: to say what x shows it would be enough
-to copy. Rows r and r + 2 share none, and z is made of its own patch and nothing else:
+How much does c tell about x? For any f let r(x) = p(x) f(x, c) / m, with m the mean of f over x and N - 1 negatives.
+If x were drawn from p(x), like them, each of the N terms f(x_j, c) / m would have the same mean, and as their sum is N,
+that mean is 1: the integral of r has the mean 1 over the negatives. For given negatives Jensen's inequality says
+      E_{p(x|c)} log(r / p(x|c)) <= log of the integral of r,
+and the mean of that log over the negatives is, by Jensen again, at most log 1 = 0. On the left stands the mean of
+log(f / m) - log(p(x|c) / p(x)), so E log(f / m) <= E log(p(x|c) / p(x)) = I(x; c). And f / m is N times the fraction
+in (2), so E log(f / m) = log N - L:
+  (5) I(x; c) >= log N - L, which is at most log N, and near I for the f of (3) and many negatives
+A patch of side 2 s is cut out every s pixels, so rows r and r + 1 share pixels, which a guess one row ahead could copy.
+Rows r and r + 2 share none, and z is made of its own patch and nothing else:
   (6) z_{r,j} = g(x_{r,j}),   c_{r,j} = GRU(c_{r-1,j}, [z_{r,j-1}, z_{r,j}, z_{r,j+1}]),   k >= 2
-What is learned is used without the GRU, frozen: z averaged over 2 x 2 patches, 3 x 3 means of Z = 32 numbers each,
+The features leave the GRU out and are frozen: z averaged over 2 x 2 patches, 3 x 3 means of Z = 32 numbers each,
   (7) encode(x) = 1/4 sum of z_{2a+p,2b+q} over p, q = 0, 1, for a, b = 0 .. 2; 288 numbers an image
-and how good it is says a linear probe, logistic regression on what (7) gives, the only thing that sees labels:
+How good they are is measured by a linear probe, logistic regression on (7), which is the first to see labels:
   (8) min over V of -1/n sum_i log softmax(V h_i)[y_i] + lambda/2 |V|^2, h the features, each standardised, and a 1;
       its gradient is 1/n sum_i (softmax(V h_i) - onehot(y_i)) h_i^T + lambda V
 
-Trip wires: with the softmax over the contexts, along the other axis, (5) would bound the same I from other negatives,
-but (1) asks which x belongs to c. Negatives must come from p(x) whatever c is: patches of c's own image do not, so each
-image gives one candidate. Log N - L cannot exceed log N, however much x and c share. It holds for each place r, j by
-itself; what is printed is the mean over places. The accuracy of a probe means little without its controls: features of
-the same network, untrained, are already better than pixels.
-Differs from the paper in: whole small images for parts of large ones; an MLP for a ResNet; a GRU, not a masked
+Trip wires: a softmax along the other axis, over contexts, asks which c belongs to x: its log N - L bounds the same I,
+but is not (2). Negatives must come from p(x) whatever c is: patches of c's own image do not, so each image gives one
+candidate. Log N - L cannot exceed log N, however much x and c share. (5) holds for each place r, j by itself; what is
+printed is the mean over places. The accuracy of a probe means little without its controls: features of the same
+network, untrained, are already better than pixels.
+Differs from the paper in: whole small images, not parts of large ones; an MLP, not a ResNet; a GRU, not a masked
 convolution; cosines; all negatives from other images; Adam's rate rises for 200 steps and then falls to zero; results
 come from an average of the weights.
 
@@ -83,17 +87,17 @@ def nce_hits(scores):
 
 def log_f(z, c, W):
     """Scores of each context with each candidate: z (..., N, Z), c (..., N, C), W (C, Z) -> (..., N, N)."""
-    return TAU * F.normalize(c @ W, dim=-1) @ F.normalize(z, dim=-1).transpose(-1, -2)  # (3) is what (4) moves to
+    return TAU * F.normalize(c @ W, dim=-1) @ F.normalize(z, dim=-1).transpose(-1, -2)  # (4), best at (3)
 
 def losses(model, x, y=None):
-    """What training lowers the mean of, by images (N, C, H, W), -1 .. 1, in nats: (2) for each k -> (3,). With labels y
-    (N,), which only the network that CPC is compared with is shown, the cross-entropy of its head -> (1,)."""
+    """What training lowers, of images (N, C, H, W), -1 .. 1, in nats: (2) for each k -> (3,). With labels y (N,), given
+    only to the control that learns to classify, the cross-entropy of its head -> (1,)."""
     if y is None:
         return torch.stack([info_nce(scores).mean() for scores in model(x)])  # (2)
     return F.cross_entropy(model.head(model.features(x)), y)[None]
 
 def linear_probe(h, y, others, weight_decay=2e-4, iters=100):
-    """Logistic regression on features h (n, D) with labels y (n,), all at once, by L-BFGS -> classes of others (m,)."""
+    """Logistic regression on features h (n, D) with labels y (n,), by L-BFGS -> classes of others (m, D), (m,)."""
     mean, scale = h.mean(0), h.std(0, correction=0)
     scale = scale.clamp(min=0.1 * scale.max().item() + 1e-9)  # a feature that hardly varies stays small
     h, others = (F.pad((v - mean) / scale, (0, 1), value=1.0) for v in (h, others))
@@ -128,7 +132,7 @@ class CPC(nn.Module):
         self.head = nn.Linear((ROWS // 2) ** 2 * Z, classes) if classes else None
 
     def patches(self, x):
-        """x (N, C, H, H) -> (rows, columns, N, C 2s 2s); what no patch would reach is reached by adding black."""
+        """x (N, C, H, H) -> (rows, columns, N, C 2s 2s); black around x makes its side 7 s."""
         s, more = self.side, (ROWS + 1) * self.side - x.shape[3]
         x = F.pad(x, (more // 2, more - more // 2) * 2, value=-1)  # (N, C, 7 s, 7 s)
         return x.unfold(2, 2 * s, s).unfold(3, 2 * s, s).permute(2, 3, 0, 1, 4, 5).flatten(3)
@@ -142,7 +146,7 @@ class CPC(nn.Module):
     def forward(self, x):
         """x -> for each k the scores, (rows, columns, N, N) of every context and every patch k rows below it."""
         z = self.encoder(self.patches(x))  # (6)
-        c = self.context(z[: ROWS - STEPS[0]])  # below later rows there is nothing to predict
+        c = self.context(z[: ROWS - STEPS[0]])  # two rows below the others there is no patch
         return [log_f(z[k:], c[: ROWS - k], W) for k, W in zip(STEPS, self.W)]  # (4)
 
     def features(self, x):
@@ -466,7 +470,7 @@ def load(path, device="cpu"):
 
 @torch.inference_mode()
 def encode(model, x, chunk=1000):
-    """Features of images (N, C, H, W), uint8 or float -1 .. 1, wherever they are -> (N, 288), where the model is."""
+    """Features of images (N, C, H, W), uint8 or float -1 .. 1, on any device -> (N, 288), on the model's."""
     device, floats = next(model.parameters()).device, to_float if x.dtype == torch.uint8 else torch.Tensor.float
     return torch.cat([model.features(floats(part.to(device))) for part in x.split(chunk)])
 
@@ -539,7 +543,8 @@ def main(argv=None):
         near = torch.cdist(others[: args.samples], h).topk(min(9, len(h)), largest=False).indices.cpu()
         rows = torch.cat([held_out[: len(near), None], images[near]], 1)  # (samples, 10, C, H, W)
         save_grid(args.out / "neighbours.png", to_float(rows.flatten(0, 1)), rows.shape[1])
-        if y is None or wanted is None:
+        labelled = y is not None and wanted is not None
+        if not labelled:
             print("no labels for both parts, from IDX files or from a subfolder for each class: so no probe")
         else:
             train(images, *settings, y, device, args.seed, args.out / "labels" / "model.pt", args.fresh, args.compile)
@@ -560,7 +565,7 @@ def main(argv=None):
             right = (taught.head(encode(taught, held_out)).argmax(1).cpu() == wanted).float().mean()
             print(f"the same network, all of it trained with labels: {right:.2%}")
         print(f"neighbours.png in {args.out} (each row a test image and the nearest of the training images), with "
-              f"{'labels.png, ' * (y is not None and wanted is not None)}log.csv, model.pt")
+              f"{'labels.png, ' * labelled}log.csv, model.pt")
 
 if __name__ == "__main__":
     main()

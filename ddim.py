@@ -15,17 +15,17 @@ p              p               the step that comes after t in sampling, p < t; t
 alpha_bar_t    alpha_bar[t]    product of 1 - beta, 0.9999 .. 4e-5, (T,) float64; 1 where there is no noise
 eps_theta      model(x_t, t)   the network's guess of the noise in x_t, (N, C, H, W)
 sigma, eta     sigma, eta      deviation of the noise that a step adds; eta in 0 .. 1 scales it
-tau            tau             the S steps that are visited, T-1 = tau_S > ... > tau_1
+tau            tau             the S steps that are visited, T-1 = tau_S > ... > tau_1 >= 0
 
 Training needs only the marginals of noisy images, which stay those of DDPM:
   (1) q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                                                   [4]
   (2) L_gamma = E_{t, x_0, eps} gamma_t || eps - eps_theta(x_t, t) ||^2 with x_t from (1) and gamma_t = 1            [5]
-How x_p and x_t hang together given x_0 is free, and so is the choice of p. For any 0 <= sigma^2 <= 1 - alpha_bar_p let
+Given x_0, how x_p depends on x_t is free, and so is the choice of p. For any 0 <= sigma^2 <= 1 - alpha_bar_p let
   (3) q(x_p | x_t, x_0) = N(sqrt(alpha_bar_p) x_0 + sqrt(1 - alpha_bar_p - sigma^2) eps, sigma^2 I)                  [7]
       with eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t), the noise that is in x_t.
-If x_t obeys (1), eps is N(0, I), the variances add up to (1 - alpha_bar_p - sigma^2) + sigma^2, and x_p obeys (1) too
+If x_t obeys (1), eps is N(0, I); the variances 1 - alpha_bar_p - sigma^2 and sigma^2 add up, and x_p obeys (1), too
 [Lemma 1]. So all these processes share (1), and if sigma > 0 their bounds are (2) with some gamma, plus a constant
-[Theorem 1]. A network that fits every t has the same optimum for every gamma: one will do.
+[Theorem 1]. A network that fits every t has the same optimum for every gamma, so one training will do.
 Sampling puts the network's guess of x_0 in the place of x_0:
   (4) x_0 ~ (x_t - sqrt(1 - alpha_bar_t) eps_theta(x_t, t)) / sqrt(alpha_bar_t)                                      [9]
   (5) x_p = sqrt(alpha_bar_p) x_0 + sqrt(1 - alpha_bar_p - sigma^2) eps + sigma z,  z ~ N(0, I)                     [12]
@@ -34,14 +34,15 @@ eta = 1 and p = t - 1 make sigma^2 the posterior variance beta~_t and (3) the po
 variance. eta = 0 adds no noise: the picture is a function of x_T. The steps visited, ceil rounding up, i = 1 .. S:
   (7) tau_i = ceil(T i / S) - 1 (linear) or max(ceil(T i^2 / S^2), i) - 1 (quad); after tau_1 comes alpha_bar = 1
 With eta = 0 divide (5) by sqrt(alpha_bar_p): x / sqrt(alpha_bar) moves by eps times the change of the noise-to-signal
-ratio. It is Euler's method for an ODE [14], which also runs upwards: from a picture to the x_T that makes it,
+ratio. It is Euler's method for an ODE [14], which can be run upwards, too: from a picture to the x_T that makes it,
   (8) x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps_theta(x_p, p), x_0 from (4) at x_p; at the picture itself
       x_0 is the picture, and the network, which knows no step before 0, is asked at step 0
-Between two latents one walks on the sphere where Gaussian noise lives, theta the angle between x and y:
+Between two latents one walks on the sphere near which Gaussian noise lies, theta the angle between x and y:
   (9) slerp(x, y, a) = sin((1 - a) theta) / sin(theta) x + sin(a theta) / sin(theta) y                        [appendix]
 
-Trip wires: a step goes from t to p, and alpha_bar_p of the last one is 1, not alpha_bar_0. tau starts at T-1 whatever S
-is. When x_0 is cut to -1 .. 1 (as in the authors' sampler for DDPM) eps in (5) follows from the cut x_0.
+Trip wires: a step goes from t to p, and alpha_bar_p of the last one is 1, not alpha_bar_0. Sampling starts at T-1
+whatever S is. When x_0 is cut to -1 .. 1 (as in the authors' sampler for DDPM), eps in (5) follows from the cut x_0.
+The loss of the code is (2) divided by C H W, a mean over pixels.
 Differs from the paper in: tau ends on T-1 (its code counts up from 0: S = 50 starts at 980, quad always at 800); x_0 is
 cut unless clip=False (its DDIM sampler does not); a small network; small t are drawn more often in training, with
 weights that leave the mean (2) as it is; the average of the weights remembers little at first; the learning rate falls
@@ -161,7 +162,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """x (N, channels, size, size) and t (N,) in 0 .. t_max -> (N, channels, size, size).
 
-    2x2 pixels are first folded into 4 channels, which loses nothing; size must be a multiple of 4."""
+    2x2 pixels are first folded into 4 channels, which loses nothing. ValueError unless 4 divides size and 8 width."""
 
     def __init__(self, channels=1, size=28, width=32, t_max=1000):
         super().__init__()
@@ -194,7 +195,7 @@ class UNet(nn.Module):
             h = block(h, e)
         h = F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)  # (N, channels, size, size)
         a, b = self.gate(e)[:, :, None, None].chunk(2, 1)  # (N, 1, 1, 1) each
-        return (1 + a) * h + b * x  # at each t the answer is part of x, and more
+        return (1 + a) * h + b * x  # how much of the answer is x itself depends on t
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Data, pictures, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
@@ -546,7 +547,7 @@ def main(argv=None):
         model = load(args.model, device) if args.model else None
         channels, size = model.shape[:2] if args.model else (args.channels, args.size)
         images = None if args.model else load_images(args.data, size, channels)
-        x_0 = load_images(args.data, size, channels, test=True)[:16].to(device).float() / 127.5 - 1
+        x_0 = to_float(load_images(args.data, size, channels, test=True)[:16].to(device))
         if model is None:
             print(f"{len(images)} images of {size}x{size}x{channels} from {args.data}, on {device}")
             settings = args.iters, args.batch, args.lr, args.width, device, args.seed

@@ -9,7 +9,7 @@ Paper: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020, arXiv
 
 symbol         in the code    what it is
 x_0            x_0            images, (N, C, H, W), -1 .. 1: the byte k is 2 k / 255 - 1
-x_t            x_t            the same images after t steps of noise; x_T is all but pure noise
+x_t            x_t            the same images after t steps of noise; x_T is almost pure noise
 t              t              the step, an int or (N,) ints: 0 .. T-1 in the code for the paper's 1 .. T
 beta_t         s.beta         variance that step t adds, (T,), 1e-4 to 0.02 in a straight line; alpha_t = 1 - beta_t
 alpha_bar_t    s.alpha_bar    alpha_1 alpha_2 ... alpha_t, what is left of x_0's variance: (T,), from 0.9999 to 4e-5
@@ -21,7 +21,7 @@ sigma_t^2      variance       of a step back: "large" is beta_t, "small" is beta
 Forward. Noise is added step by step, with nothing to learn. Sums of Gaussians are Gaussian, so t steps are one:
   (1) q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                                                       [2]
   (2) x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps                                                        [4]
-Backward, if x_0 were known. Bayes' rule on (1) and (2) multiplies Gaussians, so the result is one:
+Backward, if x_0 were known. By Bayes' rule it is q(x_t | x_{t-1}) q(x_{t-1} | x_0) up to a factor, a Gaussian again:
   (3) q(x_{t-1} | x_t, x_0) = N(mu~_t, beta~_t I) with
       mu~_t = (sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t) / (1 - alpha_bar_t)
       beta~_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)                                                  [6, 7]
@@ -30,19 +30,20 @@ The model p(x_{t-1} | x_t) = N(mu_theta, sigma_t^2 I) has to do without x_0. Jen
   (4) -log p(x_0) <= L_T + sum_{t>1} L_{t-1} + L_0 = E_q[ KL(q(x_T | x_0) || N(0, I))
       + sum_{t>1} KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) - log p(x_0 | x_1) ]                                 [5]
   (5) KL(N(m, v I) || N(m', v' I)) = 1/2 sum_pixels ( v / v' - 1 + log(v' / v) + (m - m')^2 / v' )
-so mu_theta should be near mu~_t. It is mu~_t with a guess of x_0, and that follows from a guess of the noise by (2):
+so mu_theta should be near mu~_t. It is mu~_t with a guess of x_0, which follows by (2) from a guess of the noise:
   (6) x_0 ~ (x_t - sqrt(1 - alpha_bar_t) eps_theta(x_t, t)) / sqrt(alpha_bar_t);   mu_theta = mu~_t(x_t, that x_0)  [11]
 So L_{t-1} = constant + w_t E ||eps - eps_theta||^2 with w_t = beta_t^2/(2 sigma_t^2 alpha_t (1 - alpha_bar_t)) [12].
-w_t is largest for the faintest noise, which matters least to the eye. Without it:
-  (7) L_simple = E_{t, x_0, eps} || eps - eps_theta(x_t, t) ||^2 with x_t from (2) and t even over 1 .. T           [14]
+w_t is largest for the faintest noise, which matters least to the eye. Without w_t:
+  (7) L_simple = E_{t, x_0, eps} || eps - eps_theta(x_t, t) ||^2 with x_t from (2), t uniform on 1 .. T             [14]
 Sampling starts at x_T ~ N(0, I) and goes back, t = T .. 1; the last step adds no noise, for nothing takes it out again:
   (8) x_{t-1} = mu_theta(x_t, t) + sigma_t z,  z ~ N(0, I) for t > 1, z = 0 for t = 1                      [Algorithm 2]
-To end the bound with the probability of a picture made of bytes, the last Gaussian is summed over each byte's bin:
+Pictures are made of bytes. For L_0 to be their probability, the last Gaussian is integrated over each byte's bin:
   (9) log p(x_0|x_1) = sum_pixels log(Phi((x_0 + 1/255 - mu_theta) / sigma_1) - Phi((x_0 - 1/255 - mu_theta) / sigma_1))
       where the bins of bytes 0 and 255 reach to infinity, and sigma_1^2 is beta~_2, as in their code  [13]
 
 Trip wires: time runs 0 = picture, T = noise. beta is a variance, not a deviation. alpha_bar, not alpha, stands in (2).
-The guess of x_0 is cut to -1 .. 1 inside (6), as in the authors' code; clip=False does not. Bits/dim = nats / (D ln 2).
+The guess of x_0 is cut to -1 .. 1 inside (6), as in the authors' code, unless clip=False. The loss of the code is (7)
+divided by D = C H W, a mean over pixels. Bits/dim = nats / (D ln 2).
 Differs from the paper in: a small network without dropout or attention; small t are drawn more often, with weights that
 leave the mean (7) as it is and lower its variance; the average of the weights remembers little at first; the learning
 rate falls to zero.
@@ -145,8 +146,8 @@ def log_decoder(x_0, mean, sigma):
 
 @torch.inference_mode()
 def bound(model, x_0, s, variance="large", clip=True, generator=None):
-    """L_T, L_{1:T-1} and L_0 in bits per dimension -> (N, 3), each expectation over x_t estimated by one draw."""
-    bits, sigma_2 = x_0.new_zeros(len(x_0), 3), s.beta if variance == "large" else s.beta_tilde
+    """L_T, L_{1:T-1} and L_0 of (4) in bits/dim -> (N, 3), each expectation over x_t estimated by one draw."""
+    bits, variances = x_0.new_zeros(len(x_0), 3), s.beta if variance == "large" else s.beta_tilde
     bits[:, 0] = gauss_kl(s.signal[-1] * x_0, 1 - s.alpha_bar[-1], torch.zeros_like(x_0), torch.ones_like(x_0))  # (4)
     for t in range(len(s.beta)):
         x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=generator, device=x_0.device), s)
@@ -154,7 +155,7 @@ def bound(model, x_0, s, variance="large", clip=True, generator=None):
         if t == 0:
             bits[:, 2] -= log_decoder(x_0, mean, s.beta_tilde[1].sqrt())  # (4) (9)
         else:
-            bits[:, 1] += gauss_kl(q_mean(x_0, x_t, t, s), s.beta_tilde[t], mean, sigma_2[t])  # (4)
+            bits[:, 1] += gauss_kl(q_mean(x_0, x_t, t, s), s.beta_tilde[t], mean, variances[t])  # (4)
     return bits / (x_0[0].numel() * math.log(2))
 
 # -------------------------------------------------------------------------------------------------------- network -----
@@ -178,7 +179,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """x (N, channels, size, size) and t (N,) in 0 .. t_max -> (N, channels, size, size).
 
-    2x2 pixels are first folded into 4 channels, which loses nothing; size must be a multiple of 4."""
+    2x2 pixels are first folded into 4 channels, which loses nothing. ValueError unless 4 divides size and 8 width."""
 
     def __init__(self, channels=1, size=28, width=32, t_max=1000):
         super().__init__()
@@ -211,7 +212,7 @@ class UNet(nn.Module):
             h = block(h, e)
         h = F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)  # (N, channels, size, size)
         a, b = self.gate(e)[:, :, None, None].chunk(2, 1)  # (N, 1, 1, 1) each
-        return (1 + a) * h + b * x  # at each t the answer is part of x, and more
+        return (1 + a) * h + b * x  # how much of the answer is x itself depends on t
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Data, pictures, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
@@ -562,7 +563,7 @@ def main(argv=None):
         strip = [x_T] + [steps[t] for t in (800, 600, 400, 300, 200, 150, 100, 50, 0)]
         save_grid(args.out / "strip.png", torch.stack(strip, 1).flatten(0, 1), len(strip))
         if args.bound:
-            x_0 = held_out[: args.bound].to(device).float() / 127.5 - 1
+            x_0 = to_float(held_out[: args.bound].to(device))
             bits = bound(model, x_0, s, args.variance, True, generator)
             mean, error = bits.sum(1).mean(), bits.sum(1).std(correction=0) / len(bits) ** 0.5
             print(f"bound on {len(bits)} test images: {mean:.3f} +- {error:.3f} bits/dim = "

@@ -3,53 +3,56 @@
 # dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""PixelCNN: the probability of an image as a product, one factor a number, each a classifier's: which value comes next?
+"""PixelCNN: the probability of an image as a product over its numbers, each factor a classifier of the next number.
 
 Paper: van den Oord, Kalchbrenner, Kavukcuoglu, "Pixel Recurrent Neural Networks", 2016, arXiv:1601.06759; [1] is its
 equation 1. Two stacks: van den Oord et al., "Conditional Image Generation with PixelCNN Decoders", arXiv:1606.05328.
 
 symbol      in the code             what it is
 x           x                       images of levels 0 .. K-1, integers, (N, C, H, W); D = C H W numbers each
-x_i         x[:, c, i, j]           the numbers in reading order: row by row, pixel by pixel, R, G, B in each
+x_i         x[:, c, i, j]           the numbers in reading order: row by row, pixel by pixel, R, G, B in each. Here i
+                                    counts them; in the code i is the row, j the column, c the colour
 x_<i        -                       all that come before x_i
 K           levels                  2 (a number is 0 or 1) .. 256 (a byte)
 l_i         logits[:, :, c, i, j]   K numbers for each x_i: (N, K, C, H, W) in all, model(x)
-V, H        model.vertical, model.horizontal    the two stacks; v, what the first tells the second, is (N, F, H, W)
-u_i         u[:, c, i, j]           even on [0, 1): it decides the draw of x_i
+v           v                       what the vertical stack tells the horizontal one, F features a pixel, (N, F, H, W)
+u_i         u[:, c, i, j]           uniform on [0, 1): it decides the draw of x_i
 
-A vector of D bits can have 2^D values, too many for a table of p(x). But in any order of the numbers, exactly,
+A vector of D bits can have 2^D values, too many for a table of p(x). But in any order of the numbers it is exactly
   (1) log p(x) = sum_i log p(x_i | x_<i)                                                                             [1]
-Each part is a classifier: its classes are the values of x_i, what it looks at is x_<i. With K classes, by a softmax,
+Each factor is a classifier: its classes are the K values of x_i, what it looks at is x_<i. By a softmax,
   (2) p(x_i = k | x_<i) = exp(l_ik) / sum_k' exp(l_ik'),  l_i a function of x_<i alone
-For bits and linear functions these are D logistic regressions, a fully visible sigmoid belief net: l = W x + b, where
-row i of W has zeros from column i on. So a mask on W makes one network give all D conditionals at once. Further layers:
-  (3) the first layer may use what comes before i (mask A), all others also what they have at i itself (mask B)
-for a matrix with zeros on and above the diagonal, times others with zeros above it, is again of the first kind. As the
-x_i are known in training, one pass answers all D questions. A convolution is such a W: its mask keeps the rows above
-and, in the pixel's own row, what is to the left. At the pixel itself its channels are of one colour each, in order, and
-  (4) colour c sees the colours c' < c (mask A) or c' <= c (mask B): R none, G sees R, B sees R and G                [2]
+For bits and linear functions these are D logistic regressions, a fully visible sigmoid belief net: l_i1 - l_i0 is row i
+of W x + b, where row i of W has zeros from column i on. So a mask on W lets one network give all D conditionals.
+  (3) of several layers the first may use what comes before i (mask A), all others also what they have at i (mask B)
+for a matrix with zeros on and above the diagonal, times others with zeros above it, has zeros on and above it again. As
+the x_i are known in training, one pass gives all D conditionals. A convolution is such a W: its mask keeps the rows
+above and, in the pixel's own row, what is to the left. At the pixel itself each channel, in and out, belongs to a
+colour (of three colours, the first third of the channels to R), and
+  (4) colour c sees the colours c' < c (mask A: R none, G sees R, B sees R and G) or c' <= c (mask B)                [2]
 But masks leave a blind spot. A kernel of 3x3 sees one column to the right of x in the      # # # # # # #
 row above, two layers two columns two rows up, and so on. However many there are, x         # # # # # # o
 never sees an o: at the pixel (14, 14) of 28x28 these are 78 of the 406 pixels before       # # # # # o o
-it, a fifth of all that there is to know. In two stacks all is seen.                        # # # x - - -
-The vertical stack sees all columns of the rows above, for which kernels need no mask, if its input is moved down by a
+it, a fifth of all that there is to know. Two stacks see all of them.                       # # # x - - -
+The vertical stack sees the rows above, all columns of them: its kernels need no mask, for its input is moved down by a
 row. The horizontal one, with masks, sees its own row up to x, and is told what the vertical one has found:
-  (5) v = V(rows above),  l = H(row so far, v)
-What training makes small is -log p(x), in nats, the mean of the N images of a batch:
+  (5) v = vertical(rows above),  l = horizontal(row so far, v)
+Training lowers -log p(x), in nats, its mean over the N images of a batch:
   (6) loss = -1/N sum_images log p(x)
-A byte becomes a level. Two levels are drawn anew at each use, those of held-out and test images once:
+A byte becomes a level. Two levels are drawn, in training anew at each use, for held-out and test images once:
   (7) K = 2: x = 1 with probability byte / 255, else 0;  K > 2: x = floor(K byte / 256)
   (8) bits/dim = -log p(x) / (D ln 2)
-To draw is to ask one question after another. The level is the first whose cumulated probability is above u:
+Sampling asks for one number after another. The level is the first whose cumulative probability is above u_i:
   (9) x_i = number of the k < K - 1 with p(0) + ... + p(k) <= u_i
-That makes D passes of the network, although a new number needs no more than one column of the horizontal stack, and a
+That takes D passes of the network, although a new number needs no more than one column of the horizontal stack, and a
 new row one row of the vertical one. Computing only these, D columns and H rows, costs as much as a single pass (with
 C colours, its horizontal part C times).
 
 Trip wires: mask A is for the first layer only. 1x1 convolutions need (4), too. Nats are per image, bits per number.
-Binarised MNIST drawn anew (dynamic) and drawn once (static) are two data sets, whose figures do not compare.
+Binarised MNIST drawn anew (dynamic) and drawn once (static) are two data sets, whose figures cannot be compared.
 Differs from the papers in: the vertical stack ends before the horizontal one begins, and tells it once; residual blocks
-with ReLU in both, no gates; a learned table of places; Adam, a rate that falls to zero, averaged weights; (7), dynamic.
+with ReLU in both, no gates; a learned table of places; Adam, a rate that falls to zero, averaged weights; two levels
+are drawn anew.
 
 python pixelcnn.py --data mnist            146 s to train on two cores; 85.19 nats = 0.1568 bits/dim, test images
 python pixelcnn.py --data mnist --plain    draws again without the cache: 281 times as long on one core, same pixels
@@ -66,7 +69,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # --------------------------------------------------------------------------------------------------------- method -----
 def to_levels(images, levels, generator=None):
-    """uint8 images -> levels 0 .. levels-1, int64, the same shape; of two levels other ones at each call."""
+    """uint8 images -> levels 0 .. levels-1, int64, the same shape; two levels are drawn anew at each call."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, 0 .. 255, not {images.dtype}")
     if levels == 2:
@@ -82,7 +85,7 @@ def log_prob(model, x):
     return -F.cross_entropy(model(x), x.long(), reduction="none").flatten(1).sum(1)  # (1) and (2)
 
 def loss_nats(model, x):
-    """What training makes small: the mean of -log p(x), nats an image."""
+    """What training lowers: the mean of -log p(x), nats an image."""
     return -log_prob(model, x).mean()  # (6)
 
 def to_bits(nats, dims):
@@ -92,7 +95,7 @@ def to_bits(nats, dims):
 def causal_mask(kind, c_out, c_in, k, colours):
     """Which weights of k columns, the last of them the pixel's own, may be used -> ones and zeros (c_out, c_in, 1, k).
 
-    kind: "A" or "B". The channels, of both sides, belong to the colours in order."""
+    kind: "A" or "B". The channels, in and out, are dealt to the colours in order, in equal parts."""
     target, source = (torch.arange(c) * colours // c for c in (c_out, c_in))
     mask = torch.ones(c_out, c_in, 1, k)  # (3)
     mask[..., -1] = (source < target[:, None] if kind == "A" else source <= target[:, None])[..., None]  # (4)
@@ -116,7 +119,7 @@ def sample_plain(model, u, x=None, first=0):
 @torch.inference_mode()
 def sample_cached(model, u, x=None, first=0):
     """What sample_plain() draws, with one row of the vertical stack for each row, and one column of the horizontal
-    stack for each number. Sums are rounded otherwise: a number would differ if u were within 1e-7 of a limit in (9)."""
+    stack for each number. Sums round differently: a number would differ if u were within 1e-7 of a limit in (9)."""
     x = torch.zeros_like(u, dtype=torch.long) if x is None else x.clone()
     past, seen = model.start(u), from_levels(x, model.levels)
     for i in range(u.shape[2]):
@@ -154,7 +157,7 @@ class Above(nn.Conv2d):
             h = F.pad(h, (0, 0, rows, 0))
         else:
             h = torch.cat([past[self], h], 2)
-            past[self] = h[:, :, -rows:]
+            past[self] = h[:, :, 1:]
         return super().forward(h)  # (5)
 
 class Left(nn.Conv2d):

@@ -16,13 +16,13 @@ v(x, t)     model(x, t)  velocity, (N, C, H, W)
 Z_t         z            the flow: a solution of the ODE that starts at noise, Z_0 = X_0
 N           steps        Euler steps
 
-Draw X_0 and X_1, at first independently, and a line between them; regress its direction on where it passes:
+Draw X_0 and X_1, at first independently, and the line between them; from a point X_t on it guess its direction:
   (1) X_t = t X_1 + (1 - t) X_0
   (2) min_v  integral over t of E || (X_1 - X_0) - v(X_t, t) ||^2                                                    [1]
-The best answer to a least-squares question is the conditional mean, so where lines cross the answer is their average:
+The least-squares answer is the conditional mean, so where lines cross it is the average of their directions:
   (3) v(x, t) = E[X_1 - X_0 | X_t = x]                                                                               [2]
   (4) dZ_t = v(Z_t, t) dt,  Z_0 = X_0                                                                                [1]
-Why Z_1 is distributed like X_1 on other paths. For smooth h of bounded support, by the chain rule, (1) and then (3),
+Z_1 comes on other paths, yet with the law of X_1. For smooth h of bounded support, by the chain rule, (1), then (3),
       d/dt E h(X_t) = E[grad h(X_t) . (X_1 - X_0)] = E[grad h(X_t) . v(X_t, t)].
 That is how expectations evolve when points move with velocity v; Z_t moves so and starts alike, so, if (4) has just one
 solution from each start, Z_t has at each t the law of X_t [Theorem 3.3]. Then the paths of Z cannot cross as the lines
@@ -35,14 +35,15 @@ or with steps chosen by the embedded pair of Dormand and Prince (1980), orders 5
       not, h <- h min(5, max(0.2, 0.9 r^(-1/5))).
 A path is straight when its velocity never differs from the whole way it goes:
   (7) S = integral over t of E || (Z_1 - Z_0) - v(Z_t, t) ||^2                                                       [3]
-If S = 0, (5) is exact for N = 1. With Euler's points Z_1 - Z_0 is the mean of the velocities and S their variance.
+If S = 0, (5) is exact for N = 1. At Euler's points Z_1 - Z_0 is the mean of the velocities and S their variance.
 Independent X_0 and X_1 give crossing lines, averaged directions, curved paths, and a blur after one step. Reflow takes
   (8) (X_0, X_1) <- (Z_0, Z_1), noise and the image that the flow makes of it,
 and trains on (2) again. These lines hardly cross, so the new flow is straighter, and no convex cost
-E c(X_1 - X_0) grows [Theorem 3.5]; the same marginals hold by the argument above, as well as the first flow kept them.
+E c(X_1 - X_0) grows [Theorem 3.5]. By the argument above X_1 keeps its law, as far as the first flow has kept it.
 
 Trip wires: not diffusion's time: t grows towards the picture. Noise is randn, time is rand. The network sees the point
-where it is, z at t, never Z_0 again. Reflow needs the noise that made each image, not new noise.
+where it is, z at t, never Z_0 again. Reflow needs the noise that made each image, not new noise. The loss of the code
+is (2) divided by C H W, a mean over pixels; S is a sum over them.
 Differs from the paper in: t is not uniform but the logistic function of a normal (Esser et al. 2024, arXiv:2403.03206),
 which spends the effort in the middle, where the picture is decided, and in a reflow the square of a uniform number,
 near 0, where a single step looks; either leaves (3) as it is. No distillation; a small network; the average of the
@@ -69,7 +70,7 @@ def interpolate(x_0, x_1, t):
 
 def loss_flow(model, x_0, x_1, t):
     """The loss that is trained, a scalar: the mean over images and pixels. t: (N,)."""
-    # The v that makes it least is (3).
+    # The best v is (3).
     return F.mse_loss(model(interpolate(x_0, x_1, t), t), x_1 - x_0)  # (2)
 
 def velocity(model, z, t):
@@ -154,7 +155,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """x (N, channels, size, size) and t (N,) in 0 .. t_max -> (N, channels, size, size).
 
-    2x2 pixels are first folded into 4 channels, which loses nothing; size must be a multiple of 4."""
+    2x2 pixels are first folded into 4 channels, which loses nothing. ValueError unless 4 divides size and 8 width."""
 
     def __init__(self, channels=1, size=28, width=32, t_max=1000):
         super().__init__()
@@ -187,7 +188,7 @@ class UNet(nn.Module):
             h = block(h, e)
         h = F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)  # (N, channels, size, size)
         a, b = self.gate(e)[:, :, None, None].chunk(2, 1)  # (N, 1, 1, 1) each
-        return (1 + a) * h + b * x  # at each t the answer is part of x, and more
+        return (1 + a) * h + b * x  # how much of the answer is x itself depends on t
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Data, pictures, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.

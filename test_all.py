@@ -5031,6 +5031,9 @@ def test_pixelcnn_layers_see():
     for rows, k in (2, 3), (3, 5), (1, 1):
         seen = looks_at(woken(pixelcnn.Above(6, 3, rows, k)).double(), x)
         assert torch.equal(seen, (r <= i) & (i - r < rows) & ((j - s).abs() <= k // 2)), (rows, k)
+        layer = woken(pixelcnn.Above(6, 3, rows, k)).double()
+        past = {layer: x.new_zeros(1, 6, rows - 1, 7)}  # one row after the other is the same
+        near(torch.cat([layer(x[:, :, i : i + 1], past) for i in range(5)], 2), layer(x), 1e-12)
 
 def test_pixelcnn_sees_all_before_and_nothing_after():
     """(1), (3): no logit depends on its own number or a later one, and each on all earlier ones in the receptive field,
