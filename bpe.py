@@ -10,37 +10,39 @@ bytes as in Radford et al., "Language Models are Unsupervised Multitask Learners
 
 symbol      in the code     what it is
 w           word, ids       a pre-token (a word with the space before it, say), as a list of ids; first one id a byte
-n_w         times[i]        how often w stands in the text, an int >= 1
+n_w         times[i]        how often w stands in the text; i is where a letter of w lies in the trainer's list
 n(a, b)     count[a, b]     how often id b follows id a inside of a word
 ids         0 .. vocab - 1  0 .. 255 are bytes in GPT-2's order ("!" is 0, the space 220), then merges, then specials
 merge k     merges[k]       the pair (a, b) that becomes the id 256 + k
-rank        pairs[a, b]     k, the age of the merge of a and b; the id that comes of it is made[k]
+rank        pairs[a, b]     k, the place of the merge of a and b in the list, 0 the oldest; made[k] is its new id
 
 Splitting. A merge never crosses the border of a pre-token. GPT-2 takes, from the left, the first of these that fits:
   (1) 's 't 're 've 'm 'll 'd | ?letters | ?digits | ?others | spaces that no word follows | spaces
-      where " ?" is a space or none; letters are Unicode's L*, digits N*, spaces White_Space, others all the rest
-So of a run of spaces before a word the last is left to the word. A text is most quickly cut where nothing but (1) cuts:
-  (2) before every space and every newline, once each run of three and more (at the end of the text: two) is set aside
-      as (1) has it, for a run of two is always cut in two: " " " x", or "\\n" "x" after the first
-The strings between these cuts come again and again, so each is split by (1) and encoded but once, and then looked up.
+      where ? is a space or none; letters are Unicode's L*, digits N*, spaces White_Space, others all the rest
+So of a run of spaces before a word the last is left to the word. Most borders are found without trying all of (1): cut
+  (2) before every space and every newline, but not within a run of three spaces or more, which (1) takes whole but for
+      its last (at the end of the text: two or more, taken whole). Those are set aside first, and a run of two before a
+      word is cut in two by (1) as well: " " " x", "\\n" "\\n" "x"
+The strings between these cuts come again and again, so each is split by (1) and encoded only once, then looked up.
 Training. The pairs are counted in the distinct words, each of which counts as often as it stands in the text:
   (3) n(a, b) = sum_w n_w #{i: w_i = a, w_{i+1} = b}
   (4) (a, b) = the pair with the largest n(a, b), of several the smallest (a first, then b): it becomes a new id c
   (5) c takes its place in every word, from the left, so that a a a becomes c a if a = b
 Nothing else has to be counted again, for a merge changes only what lies beside it: in x a b y of a word w,
   (6) n(x, a) and n(b, y) lose n_w; n(x, c) and n(c, y) gain n_w
-Old counts only ever fall, so a heap of (-n, pair) may hold stale ones: an entry that comes up and is not true is put
-back with its true count, and the first true one is (4).
+The count of a pair only falls once it stands in the heap of (-n, pair), so an old entry never says too little: one that
+comes up and is too high is put back with the true count, and the first that is true is (4).
 Encoding. In each word the oldest merge that can be made is made, the leftmost first, until none can be made:
   (7) i = the leftmost of arg min_i rank(w_i, w_{i+1});  w_i w_{i+1} -> c
-which takes a scan a merge for the usual few bytes, and a heap of (rank, i) with n log n steps for a long run.
+This takes one scan for each merge, fast enough for the usual few bytes; a long word takes a heap of (rank, i) instead,
+and n log n steps.
 Decoding writes the bytes of the ids one after the other:
   (8) bytes = b(i_1) b(i_2) ..., b(c) = b(a) b(b)
 
-Trip wires: ids are of bytes, so a token may be half a letter, and only all of the bytes need be UTF-8 (what is not is
-shown as U+FFFD). A special token's name in a text is plain text, unless encode is told that it is allowed. The letters
-are those of this Python's unicodedata. Python's \\s has U+001C .. U+001F besides, and its \\w the underscore.
-A word is merged, and only then remembered: a token that the merges do not make of its bytes is never used.
+Trip wires: a token may be half a letter, for ids stand for bytes; only all of them together need be UTF-8 (what is not
+is shown as U+FFFD). A special token's name in a text is plain text, unless encode is told that it is allowed. What is a
+letter, this Python's unicodedata says. Python's \\s has U+001C .. U+001F besides, and its \\w the underscore.
+A token that the merges do not make of its bytes is never used, even where it is a whole word.
 Differs from the paper in: bytes for characters, the splitting (1), and no mark for the end of a word.
 
 python bpe.py --vocab 4096                        three seconds on 1.78 MB; 3.54 bytes per token

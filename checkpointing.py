@@ -10,42 +10,45 @@ Griewank, Walther, "Algorithm 799: Revolve", ACM Transactions on Mathematical So
 Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal Checkpointing for Heterogeneous Chains", arXiv:1911.13214.
 
 symbol      in the code     what it is
-f_i, x_i    layers[i], x    layer i of n, i = 0 .. n - 1, and its input; x_n is what the chain gives
+f_i, x_i    layers[i], x    layer i of n, i = 0 .. n - 1, and its input; x_n is the output of the last
 w_i         chain.w[i]      bytes of x_i, 64 KB for 128 rows of 128 numbers in float32
-a_i         chain.a[i]      bytes that autograd keeps of layer i, x_i among them, but not x_{i+1}; these are last_i,
-                            chain.last[i], if the layer keeps its output, too, else 0
+a_i         chain.a[i]      bytes that autograd keeps of layer i: x_i and what is computed inside, but not x_{i+1}
+last_i      chain.last[i]   bytes of x_{i+1} if layer i itself keeps its output, as one that ends in a relu does, else 0
 u_i, c      chain.u, c      seconds of layer i forward, keeping nothing; what a checkpoint costs besides
-s           slots           how many x_i may be held at once beside the one layer that is on its way back
-schedule    schedule        who is run again: [[0, 1, 2], [[3], 4], 5, 6]. A number is a layer whose activations are
-                            kept. A list is a part that is run keeping its input alone, and again on the way back,
-                            then as the list says: 0, 1, 2 are kept then; [3], in turn, is run a third time
+s           slots           how many x_i may be held at once beside the one layer that is in its backward pass
+schedule    schedule        what is run again: [[0, 1, 2], [[3], 4], 5, 6]. A number is a layer whose activations are
+                            kept. A list is a part of which only the input is kept; in the backward pass it is run
+                            again, now as the list says: 0, 1, 2 are kept then; of [3] the input is, so 3 is run thrice
 
-Of L(x_n) the chain rule wants the layers in the order opposite to the one in which they were run,
+For the gradients of a loss L(x_n) the chain rule takes the layers in the opposite order to that in which they are run,
   (1) dL/dx_i = dL/dx_{i+1} df_i/dx_i, dL/dp_i = dL/dx_{i+1} df_i/dp_i, all at x_i; p_i: the parameters of f_i
-so every x_i is kept from the way forth to the way back, and with it what f_i has computed inside: n a bytes. But
-  (2) x_{j} = f_{j-1}(.. f_i(x_i)) can be had again from any x_i, i < j, for j - i runs of a layer
-Nothing else is asked of f. Each layer is run once with a tape, right before its way back. These n runs any schedule has
-and Griewank does not count; t counts those without a tape. Equal layers, a = a_i, w = w_i, have peaks and n + t of
+so every x_i is kept from the forward to the backward pass, and with it what f_i has computed inside: n a bytes. But
+  (2) x_j = f_{j-1}(.. f_i(x_i)) can be computed again from any x_i, i < j, in j - i runs of a layer
+Nothing else is asked of f. Each layer is run once with a tape (so that autograd keeps a_i), right before its backward
+pass. Every schedule has these n runs, and Griewank does not count them; t counts the runs without a tape. Equal layers,
+a = a_i, w = w_i, have this peak in bytes and this n + t:
   (3) none: n a, n;   every layer alone, but for the last: (n - 1) w + a, 2 n - 1
-  (4) m segments, the last of them kept: (m - 1) w + ceil(n/m) a, 2 n - ceil(n/m); with a = w this is about n/k + k for
-      segments of k = n/m layers, least at k = sqrt n: memory 2 sqrt n for at most one more run of each layer
-  (5) halves: run n // 2 layers, keep their input, bring back the rest likewise, then the first half likewise:
+  (4) m segments, the last of them kept: (m - 1) w + ceil(n/m) a, 2 n - ceil(n/m); with a = w about (n/k + k) w for
+      segments of k = n/m layers, least at k = sqrt n: 2 sqrt(n) w for at most one more run of each layer [Chen]
+  (5) halves: the first n // 2 layers are run, their input is kept; then the rest is done likewise, then the first half:
       D(n) = 1 + D(n - n//2), t(n) = n//2 + t(n//2) + t(n - n//2);   D(1) = t(1) = 0, which gives
       peak D w + a, D = bits of n - 1, about log2 n;   t = ones in 0, 1 .. n - 1 written in binary, <= n/2 log2 n
   (6) best for s slots: k layers are run first, their input holds a slot, the rest has s - 1, then they have all s:
       t(l, s) = min over 0 < k < l of k + t(l - k, s - 1) + t(k, s);   t(1, s) = 0, t(l, 0) = infinite for l > 1
   (7) t(l, s) = r l - C(s + r, r - 1) with r the least that has l <= C(s + r, s) [Griewank]; peak min(s, n - 1) w + a
-For in r runs each layer reaches the tape, and C(s + r, s) paths are there that use s slots and r runs at most.
-Unequal layers i .. j - 1 in M bytes, x_i among them: the first is kept, or else the first k - i are run again:
+For if no layer is to run more than r times without a tape, N(s, r) = N(s, r - 1) + N(s - 1, r) layers can be done:
+those run first, and the rest. N is 1 for s = 0 or r = 0, so this is Pascal's triangle, N = C(s + r, s).
+Unequal layers i .. j - 1 in M bytes, x_i among them: layer i is kept, or else the first k - i are run again:
   (8) T(i, j, M) = min of T(i + 1, j, M - a_i) and, over i < k < j, of
       u_i + .. + u_{k-1} + c + T(k, j, M - w_i) + T(i, k, M);   T(j, j, M) = 0, infinite for M < last_{j-1}
-  (9) seconds of a step = those without checkpoints + u for each of the t runs + c for each checkpoint
+  (9) seconds of a step = those without checkpoints + u_i for each run without a tape + c for each checkpoint
 
-Trip wires: slots hold x_0, too. f must do the same when run again: what it draws from torch's own generators it draws
-again, and batch-norm moves its statistics once, but a generator of its own, or a counter, goes on. Tensors with a
+Trip wires: one of the slots holds x_0. f must do the same when run again: what it draws from torch's own generators it
+draws again, and batch-norm moves its statistics once, but a generator of its own, or a counter, goes on. Tensors with a
 gradient that f does not get as arguments must be leaves (parameters). Second derivatives and torch.autograd.grad() are
-refused: gradients are left in .grad, as backward() leaves them. Stored means saved for the way back, parameters not.
-Differs from the papers in: no cost is put on the way back, which all schedules share; (8) in steps of 1/500 of the
+refused: gradients are left in .grad, as backward() leaves them. Bytes stored are what autograd saves for the backward
+pass, without parameters.
+Differs from the papers in: no cost is put on the backward pass, which all schedules share; (8) in steps of 1/500 of the
 budget and for at most 100 blocks of layers.
 
 python checkpointing.py --strategy slots --slots 5               trains 100 layers, 5 inputs held at once
@@ -66,7 +69,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 # --------------------------------------------------------------------------------------------------------- method -----
 # checkpoint() is for any f; to use it elsewhere, take what stands above run().
 class Checkpoint(torch.autograd.Function):
-    """f(*leaves), of which only the leaves are kept. The way back runs f again and then keeps all that it needs."""
+    """f(*leaves), of which only the leaves are kept. The backward pass runs f again, this time with a tape."""
 
     @staticmethod
     def forward(ctx, f, *leaves):
@@ -92,7 +95,7 @@ class Checkpoint(torch.autograd.Function):
         return None, *(v.grad if torch.is_tensor(v) else None for v in leaves)
 
 def checkpoint(f, *inputs, **named):
-    """f(*inputs, **named), whose activations are dropped and computed again on the way back.
+    """f(*inputs, **named), whose activations are dropped and computed again in the backward pass.
 
     Tensors may lie in tuples, lists and dicts, beside anything else, on the way in and out."""
     if not torch.is_grad_enabled():
@@ -120,7 +123,7 @@ def surroundings(devices):
     return [(generator, generator.get_state()) for generator in generators], casts
 
 def autocast(casts):
-    """Autocast as it was. Without its cache, in which weights cast without a gradient would wait for the way back."""
+    """Autocast as it was, but without its cache, which would keep weights that were cast without a gradient."""
     stack = contextlib.ExitStack()
     for kind, dtype, on in casts:
         if on or torch.is_autocast_enabled(kind):
@@ -133,9 +136,10 @@ REPLAYS = []
 def replay(states):
     """Draws the random numbers of the first run again, and keeps the running statistics of batch-norm still."""
     norm, now = nn.modules.batchnorm._NormBase, [(generator, generator.get_state()) for generator, _ in states]
+    # A layer in training mode says that it has no statistics to move; in eval mode, it uses those that it has.
     has = lambda self: not self.training and vars(self)["track_running_stats"]
     hold = lambda self, value: vars(self).update(track_running_stats=value)
-    REPLAYS.append(None)  # more than one where devices go back side by side
+    REPLAYS.append(None)  # more than one where backward passes of several devices run side by side
     try:
         norm.track_running_stats = property(has, hold)  # goes before what the layers themselves have
         for generator, state in states:
@@ -154,9 +158,9 @@ def run(layers, schedule, x):
         x = layers[part](x) if isinstance(part, int) else checkpoint(functools.partial(run, layers, part), x)
     return x
 
-# Schedules: they keep, and run again, as much as the equations say, if the layers are equal.
+# Schedules. Of equal layers they keep, and run again, what the equations say.
 def segments(n, m):
-    """m parts of equal length, of which the last is kept. One is no checkpoint at all, n are every layer alone."""
+    """m parts, equally long or nearly so, of which the last is kept: 1 is no checkpoint, n are every layer alone."""
     cuts = [n * i // m for i in range(m + 1)]
     return [*(list(range(i, j)) for i, j in zip(cuts, cuts[1:-1])), *range(cuts[-2], n)]  # (3), (4)
 
@@ -187,13 +191,14 @@ STRATEGIES = {"none": lambda n, slots: segments(n, 1), "every": lambda n, slots:
               "sqrt": lambda n, slots: segments(n, math.isqrt(n - 1) + 1),
               "recursive": lambda n, slots: by_halves(n), "slots": in_slots}
 
-# last: the bytes of x_{i+1} where layer i itself keeps it; they count where no other layer follows in a part.
+# By layer, as above, but for c. last counts where no other layer follows in a part.
 Chain = collections.namedtuple("Chain", "u w a last c")
 
 def in_budget(chain, budget, steps=500, blocks=100):
-    """The fastest schedule that never holds more than budget bytes, in blocks of layers if these are too many.
+    """The fastest schedule that never holds more than budget bytes, made of blocks of layers if these are too many.
 
-    ValueError if there is none. Sizes are rounded up to steps, unless they are all multiples of as much."""
+    ValueError if there is none. Bytes are counted in units, about budget / steps and a multiple of what divides all
+    sizes; a size is rounded up to them."""
     n = min(len(chain.u), blocks)
     cuts = [len(chain.u) * i // n for i in range(n + 1)]
     u, a = ([sum(values[i:j]) for i, j in zip(cuts, cuts[1:])] for values in (chain.u, chain.a))
@@ -225,7 +230,7 @@ def in_budget(chain, budget, steps=500, blocks=100):
     return plan(0, n, most)
 
 def predict(schedule, chain, held=0):
-    """The most bytes that a schedule ever holds, and the seconds of all that it runs forward; layers of any size."""
+    """-> the most bytes that a schedule ever holds and the seconds of all that it runs forward."""
     leaves = lambda part: [part] if isinstance(part, int) else [i for inner in part for i in leaves(inner)]
     peak = seconds = 0
     for part in schedule:
@@ -269,32 +274,29 @@ class Denoiser(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------- counting -----
 class Tally(torch.autograd.graph.saved_tensors_hooks):
-    """Counts, while it is entered, the bytes of the storages that are kept for the way back, and their peak.
+    """Counts, while it is entered, the bytes of the storages that are kept for the backward pass, and their peak.
 
     A storage counts once, however many tensors lie in it, until the last of them is let go; those of own never do."""
 
     def __init__(self, own):
         super().__init__(self.store, lambda stored: stored())
-        self.peak, self.users, self.sizes = 0, collections.Counter(), {}
+        self.peak, self.kept = 0, weakref.WeakKeyDictionary()  # what gives a tensor back: its storage, bytes
         self.own = {v.untyped_storage().data_ptr() for v in own}
 
     def store(self, v):
         v, storage = v.detach(), v.untyped_storage()
-        at, stored = storage.data_ptr(), lambda: v
-        self.users[at] += 1
-        if at not in self.own:
-            self.sizes[at] = storage.nbytes()
-            self.peak = max(self.peak, sum(self.sizes.values()))
-        weakref.finalize(stored, self.drop, at)
+        stored = lambda: v
+        if storage.data_ptr() not in self.own:
+            self.kept[stored] = storage.data_ptr(), storage.nbytes()
+            self.peak = max(self.peak, sum(self.sizes().values()))
         return stored
 
-    def drop(self, at):
-        self.users[at] -= 1
-        if not self.users[at]:
-            self.sizes.pop(at, None)
+    def sizes(self):
+        """{storage: bytes} of what is kept now."""
+        return dict(self.kept.values())
 
 def there_and_back(way, layers, x):
-    """There and back once, gradients into .grad. way: a schedule, or what takes layers and x (N, width)."""
+    """A forward and a backward pass, gradients into .grad. way: a schedule, or what takes layers and x (N, width)."""
     x = x.detach().requires_grad_()
     y = way(layers, x) if callable(way) else run(layers, way, x)
     torch.autograd.backward(y, torch.ones_like(y))
@@ -328,8 +330,8 @@ def profile(layers, x):
         w = x.untyped_storage().nbytes()
         with (tally := Tally([x, *layer.parameters(), *layer.buffers()])):
             y = layer(x)
-        last = tally.sizes.get(y.untyped_storage().data_ptr(), 0)
-        rows.append((u, w, w + sum(tally.sizes.values()) - last, last))
+        last = tally.sizes().get(y.untyped_storage().data_ptr(), 0)
+        rows.append((u, w, w + sum(tally.sizes().values()) - last, last))
         x = y
     return Chain(*zip(*rows), clock([lambda: torch.autograd.backward(checkpoint(torch.neg, root))], x.device)[0])
 
@@ -342,28 +344,20 @@ def choose_schedule(strategy, layers, x, slots=10, budget=4.0):
 def table(ways, layers, x):
     """Prints what the ways take, {name: schedule, or as there_and_back() has it}, the first without checkpoints.
 
-    Theory is in brackets. Returns the layers' Chain and {name: (MB stored, seconds)} of the schedules."""
-    chain, found, cuda = profile(layers, x), {}, x.device.type == "cuda"
+    Theory is in brackets. Returns the layers' Chain."""
+    chain, counts = profile(layers, x), [count(way, layers, x) for way in ways.values()]
     seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways.values()], x.device)
-    print(f"{'strategy':20}| MB stored           | of none | runs of a layer | s a step          | to none"
-          + " | MB, allocator" * cuda)
-    for (name, way), took in zip(ways.items(), seconds):
-        (peak, runs), theory = count(way, layers, x), [""] * 3
+    print(f"{'strategy':20}| MB stored           | of none | runs of a layer | s a step          | to none")
+    for (name, way), (peak, runs), took in zip(ways.items(), counts, seconds):
+        theory = [""] * 3
         if not callable(way):
-            least, forth = predict(way, chain)
-            most = predict(way, chain._replace(u=[1] * len(layers), c=0))[1]
-            found[name] = peak / 1e6, took
-            theory = f"({least / 1e6:.3f})", f"({most})", f"({seconds[0] + forth - sum(chain.u):.4f})"  # (9)
-        share = f"1/{found['none'][0] / peak * 1e6:.1f}" if "non-" not in name else "hidden"  # by hooks of its own
-        line = (f"{name:20}| {peak / 1e6:9.3f} {theory[0]:9} | {share:7} | {runs:7} {theory[1]:7} | {took:8.4f} "
-                f"{theory[2]:8} | {took / seconds[0]:7.3f}")
-        if cuda:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            there_and_back(way, layers, x)
-            line += f" | {(torch.cuda.max_memory_allocated() - before) / 1e6:13.1f}"
-        print(line)
-    return chain, found
+            most, forward = predict(way, chain)
+            times = predict(way, chain._replace(u=[1] * len(layers), c=0))[1]
+            theory = f"({most / 1e6:.3f})", f"({times})", f"({seconds[0] + forward - sum(chain.u):.4f})"  # (9)
+        share = f"1/{counts[0][0] / peak:.1f}" if "non-" not in name else "hidden"  # by hooks of its own
+        print(f"{name:20}| {peak / 1e6:9.3f} {theory[0]:9} | {share:7} | {runs:7} {theory[1]:7} | {took:8.4f} "
+              f"{theory[2]:8} | {took / seconds[0]:7.3f}")
+    return chain
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Data, pictures, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
@@ -658,28 +652,27 @@ def load(path, device="cpu"):
     fill(path, [model], state["parts"][:1])
     return model.to(device).requires_grad_(False).eval()
 
-def plot(panels):
-    """[(title, {name: [(x, y)]} lines, the same for dots, with all names)] -> a Pillow image, scales logarithmic."""
-    image, font = Image.new("RGB", (760, 420 * len(panels)), "white"), ImageFont.load_default(15)
-    draw, colours = ImageDraw.Draw(image), ["black", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b", "#8e44ad"]
-    for top, (title, lines, dots) in zip(range(40, image.height, 420), panels):
-        points = np.log10([point for group in (*lines.values(), *dots.values()) for point in group])
-        low = points.min(0)
-        scale = [510, -330] / (points.max(0) - low).clip(0.1)
-        spot = lambda x, y, low=low, scale=scale, top=top: tuple((np.log10([x, y]) - low) * scale + [70, top + 330])
-        draw.text((8, top - 28), title, "black", font)
-        for value in (digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)):
-            x, y = spot(value, value)
-            if 69 < x < 581:
-                draw.text((x, top + 338), f"{value:g}", "black", font, "mt")
-            if top - 1 < y < top + 331:
-                draw.line((70, y, 580, y), "#dddddd")
-                draw.text((62, y), f"{value:g}", "black", font, "rm")
-        for i, (name, colour) in enumerate(zip(dots, colours)):
-            draw.text((600, top + 24 * i), name, colour, font)
-            draw.line([spot(*point) for point in lines.get(name, [])], colour, 2)
-            for x, y in (spot(*point) for point in dots[name]):
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+def plot(title, lines, dots):
+    """{name: [(x, y)]} lines, and the same for dots, of the same names -> a Pillow image, both scales logarithmic."""
+    image, font = Image.new("RGB", (760, 420), "white"), ImageFont.load_default(15)
+    draw, colours = ImageDraw.Draw(image), ["black", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b"]
+    points = np.log10([point for group in (*lines.values(), *dots.values()) for point in group])
+    low = points.min(0)
+    scale = [510, -330] / (points.max(0) - low).clip(0.1)
+    spot = lambda x, y: tuple((np.log10([x, y]) - low) * scale + [70, 370])
+    draw.text((8, 12), title, "black", font)
+    for value in (digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)):
+        x, y = spot(value, value)
+        if 69 < x < 581:
+            draw.text((x, 378), f"{value:g}", "black", font, "mt")
+        if 39 < y < 371:
+            draw.line((70, y, 580, y), "#dddddd")
+            draw.text((62, y), f"{value:g}", "black", font, "rm")
+    for i, (name, colour) in enumerate(zip(lines, colours)):
+        draw.text((600, 40 + 24 * i), name, colour, font)
+        draw.line([spot(*point) for point in lines[name]], colour, 2)
+        for x, y in (spot(*point) for point in dots[name]):
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
     return image
 
 def compare(width, depth, batch, slots, budget, device, out):
@@ -690,25 +683,13 @@ def compare(width, depth, batch, slots, budget, device, out):
         ways[name] = lambda layers, x, name=name: checkpoint_sequential(
             layers, math.isqrt(depth - 1) + 1, x, use_reentrant=name == "torch reentrant")
     print(f"{depth} equal layers, {batch} rows of {width} numbers, {slots} slots, {budget:g} MB, on {device}")
-    chain, dots = table(ways, layers, x)
-
-    def at(schedule):
-        peak, forth = predict(schedule, chain)
-        return peak / 1e6, dots["none"][1] + forth - sum(chain.u)  # (9)
-
+    chain = table(ways, layers, x)
     depths = sorted({round(depth ** (i / 30)) for i in range(31)})
-    lines = {name: [(n, at(make(n, slots))[0]) for n in depths] for name, make in STRATEGIES.items()}
+    lines = {name: [(n, predict(make(n, slots), chain)[0] / 1e6) for n in depths] for name, make in STRATEGIES.items()}
     found = {name: [(n, count(make(n, slots), layers[:n], x)[0] / 1e6) for n in depths[::-6]]
              for name, make in STRATEGIES.items()}
-    frontier = {"sqrt": [at(segments(depth, m)) for m in depths], "budget": [],
-                "slots": [at(in_slots(depth, s)) for s in range(1, 33) if math.comb(s + 60, s) >= depth]}
-    for share in 1, 2, 4, 8, 16, 32, 64:
-        with contextlib.suppress(ValueError):  # less than the layers need
-            frontier["budget"].append(at(in_budget(chain, sum(chain.a) / share)))
     file = io.BytesIO()
-    plot([("MB stored against layers: equations (lines), counted (dots)", lines, found),
-          ("seconds a step against MB: the equations for all segments, slots and budgets (lines), measured (dots)",
-           frontier, {name: [dot] for name, dot in dots.items()})]).save(file, "PNG")
+    plot("MB stored against layers: equations (lines), counted (dots)", lines, found).save(file, "PNG")
     write(out / "compare.png", file.getvalue())
 
     n, width = min(depth, 100), max(2, width)

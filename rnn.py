@@ -13,7 +13,7 @@ x_t            x[t]            the letter at time t, an id 0 .. V - 1; x is (T, 
 e(x)           embedding       a letter's vector, (V, E)
 h_t, c_t       h[t+1], c[t+1]  state and memory cell after letter t, (N, H) each; h[0] and c[0] came with the chunk
 W_ih, W_hh, b  w_ih, w_hh, b   (E, G H), (H, G H), (G H): G = 1 for the tanh RNN, G = 4 gates i, f, g, o for the LSTM
-a_t            s, before sigma what the cell computes of its inputs, (N, G H): rows of vectors, so h W stands for W^T h
+a_t            s, before sigma what the cell computes of its inputs, (N, G H). Vectors are rows, so it is h W, not W h
 delta_t        delta[t]        dL/da_t, (N, G H)
 sigma          sigmoid         1 / (1 + e^-a), its derivative sigma (1 - sigma)
 L              loss            nats per letter
@@ -23,12 +23,12 @@ What came before is kept in a state of fixed size, made of the last state and th
   (1) a_t = e(x_t) W_ih + h_{t-1} W_hh + b;   tanh RNN: h_t = tanh a_t
   (2) p(x_{t+1} | x_0 .. x_t) = softmax(h_t W_out + b_out);   L = -1/(T N) sum_{t, n} log p(x_{t+1} | ...)
 As W_ih only ever meets the V vectors e(x), their products are formed once for all times, a table with V rows.
-Unrolled, the network is T layers deep. h_t acts on L through its own bet and through a_{t+1}, and this is all of it:
-  (3) dL/dh_t = dL/dh_t of the bet at t + delta_{t+1} W_hh^T                     from t = T - 1 down, delta_T = 0
+Unrolled, the network is T layers deep. h_t acts on L through its own bet and through a_{t+1}, and in no other way:
+  (3) dL/dh_t = (dL/dh_t of the bet at t) + delta_{t+1} W_hh^T                   from t = T - 1 down, delta_T = 0
   (4) tanh RNN: delta_t = dL/dh_t (1 - h_t^2)
   (5) dL/dW_hh = sum_t h_{t-1}^T delta_t: one product of (H, T N) and (T N, G H); dL/d(row of the table) = sum of the
       delta_t where its letter stood
-So an error goes k steps back through k factors W_hh^T diag(1 - h^2): its norm falls, or grows, like a power of k. The
+So delta goes k steps back through k factors W_hh^T diag(1 - h^2): its norm falls, or grows, exponentially in k. The
 LSTM gives it a path without W_hh. Gates in 0 .. 1 say what is taken in (i), kept (f) and shown (o) of a cell c:
   (6) i, f, o = sigma(a^i), sigma(a^f), sigma(a^o), g = tanh(a^g);   c_t = f c_{t-1} + i g;   h_t = o tanh c_t
 Backwards, c_t acts on L through h_t, and through c_{t+1} by the factor f_{t+1} alone, which may stay near 1:
@@ -118,7 +118,7 @@ def lstm_backward(d_h, w_hh, saved, new):
         torch.mul(d_c, g, out=d_i).mul_(2).sub_(d_c)
         torch.mul(d_c, c_0, out=d_f)
         torch.mul(d_c, i, out=d_g).mul_(4)
-        delta_t.mul_(torch.addcmul(a, a, a, value=-1, out=slope))
+        delta_t.mul_(torch.addcmul(a, a, a, value=-1, out=slope))  # (8)
         d_c.mul_(f)  # (7)
         if t:
             add_product(d_h[t - 1], delta_t, back)  # (3)
@@ -132,7 +132,7 @@ def gates(s):
 CELLS = {"rnn": (rnn_forward, rnn_backward, 1, 1), "lstm": (lstm_forward, lstm_backward, 4, 2)}
 
 class Unroll(torch.autograd.Function):
-    """The recurrence with its own way back: table (V, G H), x (T, N), w_hh (H, G H), state -> h[1] .. h[T], last state.
+    """The recurrence, (3) to (8) by hand: table (V, G H), x (T, N), w_hh (H, G H), state -> h[1] .. h[T], last state.
 
     The last state is to be carried on as numbers: it has no gradient (10)."""
 
@@ -446,7 +446,7 @@ def sample(model, n, prompt="", temperature=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(n):
         logits, state = model(x, state)
-        logits = logits[-1, 0].double().cpu() if device.type != "mps" else logits[-1, 0].cpu().double()
+        logits = logits[-1, 0].cpu().double()
         if temperature > 0:
             p = ((logits - logits.max()) / temperature).softmax(0)  # (11)
             drawn.append(int(torch.multinomial(p, 1, generator=generator)))

@@ -10,14 +10,15 @@ arXiv:1301.3781; Mikolov, Sutskever, Chen, Corrado, Dean, "Distributed Represent
 Compositionality", 2013, arXiv:1310.4546, whose equations are those in [..].
 
 symbol     in the code    what it is
-c, o, n    word ids       a centre word, a word near it (an "outside" word), a negative: 0 .. V - 1, the commonest first
+c, o, n    word ids       a centre word, a word near it (an "outside" word), a negative: 0 .. V - 1, 0 the commonest
 v, u       v, u           vectors as centre and as neighbour, (V, d) each; v is what is kept in the end
 R, b       reach, b       widest window (train's window), and the one drawn for this centre
 -          window         1 where a pair is in the window of its centre, else 0, (B, L, 2 R + 1)
+P          table          what negatives are drawn from: a word has as many places in the table as P gives it
 k          k              negatives for each pair
-L, S       BLOCK, SHARED  words in a block, negatives that a block shares
+L, S, B    BLOCK, SHARED  words in a block, negatives that a block shares; how many blocks there are
 
-Words that stand among the same words mean alike. So let a word's vector say which words stand near it:
+Words that stand among the same words have like meanings. So let a word's vector say which words stand near it:
       p(o | c) = exp(u_o . v_c) / sum_w exp(u_w . v_c)                                                              [2]
 Its gradient, d log p / d v_c = u_o - sum_w p(w | c) u_w, pulls to what was seen and away from what was expected; a sum
 over all V words for each pair cannot be paid. A smaller question does as well: was this word seen near c, or drawn from
@@ -28,7 +29,7 @@ With sigma(x) = 1 / (1 + e^-x) for the chance that it was seen, each pair adds
 and as d log sigma(x) / dx = 1 - sigma(x) = sigma(-x), the pull ends when the word is told apart:
   (3) dl/dv_c = sigma(-u_o . v_c) u_o - k E sigma(u_n . v_c) u_n;  the same scalars times v_c for u_o and u_n
 Which pairs there are is drawn, too. Near words count more, and words as common as "the" say little:
-  (4) o is near c if it is at most b words away, b even over 1 .. R, drawn anew for each c
+  (4) o is near c if it is at most b words away, b drawn for each c anew, from 1 .. R, each as likely
   (5) a word with the share f of the text stays with chance min(1, sqrt(t / f) + t / f), before windows are laid    [5]
 The other model, CBOW, asks the same of a centre and the mean of its neighbours; v is then of neighbours, u of centres:
   (6) h = mean of v_o over the window;  l(c) = log sigma(u_c . h) + k E_{n ~ P} log sigma(-u_n . h)
@@ -38,23 +39,23 @@ L + 2 R words, and if they share S negatives as well, all their scores are one p
       G = sigma(-score) for pairs in the window, -(k / S) (pairs of c) sigma(score) for negatives, else 0;
       dl/dX = G Y, dl/dY = G^T X
 Each of the S negatives is drawn from P and stands for k / S of those of every pair, so in the mean over the draws both
-gradients are those of (3); only are the draws of two pairs no longer independent. For CBOW each c is one pair, with h;
-now X = v of the L + 2 R words around, (L + 2 R, d), and Y = u of the L words and of the S negatives:
+gradients are those of (3); but two pairs no longer have independent draws. In CBOW each c is one pair, with h; now
+X = v of the L + 2 R words around, (L + 2 R, d), and Y = u of the L words and of the S negatives:
   (8) H = M X, row c of M being 1 / (words in its window) at those, else 0;  G from H Y^T as in (7), "in the window"
       being the entries (c, c) and "pairs of c" 1 (0 for an empty window);  dl/dX = M^T (G Y), dl/dY = G^T H
   (9) v and u move by rate times the gradients of all blocks of a step; the rate falls in proportion to the words read
 Meaning is then in directions, and in differences of them:
-  (10) near(w) = words x != w with the largest cos(v_w, v_x);  a : b = c : x for the largest cos(x, b - a + c), unit
-       vectors, x none of a, b, c
+  (10) near(w) = words x != w with the largest cos(v_w, v_x);  a : b = c : x for the x, none of a, b, c, with the
+       largest cos(v_x, v_b - v_a + v_c), all of length 1
 
 Trip wires: a window is b words each way. Counts are of the raw text, the windows of what subsampling left. v and u are
-two tables. A negative may be o itself: (1) has it so, the authors' program leaves it out. The gradients of
-a step's blocks add up, so that a common word moves far: with a larger --batch, or few different words, take a smaller
+two tables. A negative may be o itself: (1) has it so, the authors' program leaves it out. The gradients of a
+step's blocks add up, so that a common word moves far: with a larger --batch, or few different words, take a smaller
 --lr. A step takes fewer words where the commonest would stand in it more than 16 times, and its blocks are from 16
 places of the text, since a word that is rare in the whole can be the commonest of a page.
 A word is a run of letters, in lower case, a Chinese character a word by itself; a blank line ends all windows.
 Differs from the papers in: (7); t / f in (5), as in the authors' program; v and u move once a step of many blocks; no
-phrases, no hierarchical softmax.
+phrases, no hierarchical softmax. M^T in (8) divides a CBOW gradient among the window, which the authors' program omits.
 
 python word2vec.py --text english.txt      25 s on one core for 3.1 million words, five times: 700,000 words/s
 python word2vec.py --nearest file error    of the run that is there
