@@ -136,7 +136,6 @@ REPLAYS = []
 def replay(states):
     """Draws the random numbers of the first run again, and keeps the running statistics of batch-norm still."""
     norm, now = nn.modules.batchnorm._NormBase, [(generator, generator.get_state()) for generator, _ in states]
-    # A layer in training mode says that it has no statistics to move; in eval mode, it uses those that it has.
     has = lambda self: not self.training and vars(self)["track_running_stats"]
     hold = lambda self, value: vars(self).update(track_running_stats=value)
     REPLAYS.append(None)  # more than one where backward passes of several devices run side by side
@@ -344,20 +343,21 @@ def choose_schedule(strategy, layers, x, slots=10, budget=4.0):
 def table(ways, layers, x):
     """Prints what the ways take, {name: schedule, or as there_and_back() has it}, the first without checkpoints.
 
-    Theory is in brackets. Returns the layers' Chain."""
-    chain, counts = profile(layers, x), [count(way, layers, x) for way in ways.values()]
+    Theory is in brackets. Returns the layers' Chain and {name: (MB stored, seconds)} of the schedules."""
+    chain, found = profile(layers, x), {}
     seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways.values()], x.device)
     print(f"{'strategy':20}| MB stored           | of none | runs of a layer | s a step          | to none")
-    for (name, way), (peak, runs), took in zip(ways.items(), counts, seconds):
-        theory = [""] * 3
+    for (name, way), took in zip(ways.items(), seconds):
+        (peak, runs), theory = count(way, layers, x), [""] * 3
         if not callable(way):
-            most, forward = predict(way, chain)
-            times = predict(way, chain._replace(u=[1] * len(layers), c=0))[1]
-            theory = f"({most / 1e6:.3f})", f"({times})", f"({seconds[0] + forward - sum(chain.u):.4f})"  # (9)
-        share = f"1/{counts[0][0] / peak:.1f}" if "non-" not in name else "hidden"  # by hooks of its own
+            least, forth = predict(way, chain)
+            most = predict(way, chain._replace(u=[1] * len(layers), c=0))[1]
+            found[name] = peak / 1e6, took
+            theory = f"({least / 1e6:.3f})", f"({most})", f"({seconds[0] + forth - sum(chain.u):.4f})"  # (9)
+        share = f"1/{found['none'][0] / peak * 1e6:.1f}" if "non-" not in name else "hidden"  # by hooks of its own
         print(f"{name:20}| {peak / 1e6:9.3f} {theory[0]:9} | {share:7} | {runs:7} {theory[1]:7} | {took:8.4f} "
               f"{theory[2]:8} | {took / seconds[0]:7.3f}")
-    return chain
+    return chain, found
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Data, pictures, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
@@ -652,27 +652,28 @@ def load(path, device="cpu"):
     fill(path, [model], state["parts"][:1])
     return model.to(device).requires_grad_(False).eval()
 
-def plot(title, lines, dots):
-    """{name: [(x, y)]} lines, and the same for dots, of the same names -> a Pillow image, both scales logarithmic."""
-    image, font = Image.new("RGB", (760, 420), "white"), ImageFont.load_default(15)
-    draw, colours = ImageDraw.Draw(image), ["black", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b"]
-    points = np.log10([point for group in (*lines.values(), *dots.values()) for point in group])
-    low = points.min(0)
-    scale = [510, -330] / (points.max(0) - low).clip(0.1)
-    spot = lambda x, y: tuple((np.log10([x, y]) - low) * scale + [70, 370])
-    draw.text((8, 12), title, "black", font)
-    for value in (digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)):
-        x, y = spot(value, value)
-        if 69 < x < 581:
-            draw.text((x, 378), f"{value:g}", "black", font, "mt")
-        if 39 < y < 371:
-            draw.line((70, y, 580, y), "#dddddd")
-            draw.text((62, y), f"{value:g}", "black", font, "rm")
-    for i, (name, colour) in enumerate(zip(lines, colours)):
-        draw.text((600, 40 + 24 * i), name, colour, font)
-        draw.line([spot(*point) for point in lines[name]], colour, 2)
-        for x, y in (spot(*point) for point in dots[name]):
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+def plot(panels):
+    """[(title, {name: [(x, y)]} lines, the same for dots, with all names)] -> a Pillow image, scales logarithmic."""
+    image, font = Image.new("RGB", (760, 420 * len(panels)), "white"), ImageFont.load_default(15)
+    draw, colours = ImageDraw.Draw(image), ["black", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b", "#8e44ad"]
+    for top, (title, lines, dots) in zip(range(40, image.height, 420), panels):
+        points = np.log10([point for group in (*lines.values(), *dots.values()) for point in group])
+        low = points.min(0)
+        scale = [510, -330] / (points.max(0) - low).clip(0.1)
+        spot = lambda x, y, low=low, scale=scale, top=top: tuple((np.log10([x, y]) - low) * scale + [70, top + 330])
+        draw.text((8, top - 28), title, "black", font)
+        for value in (digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)):
+            x, y = spot(value, value)
+            if 69 < x < 581:
+                draw.text((x, top + 338), f"{value:g}", "black", font, "mt")
+            if top - 1 < y < top + 331:
+                draw.line((70, y, 580, y), "#dddddd")
+                draw.text((62, y), f"{value:g}", "black", font, "rm")
+        for i, (name, colour) in enumerate(zip(dots, colours)):
+            draw.text((600, top + 24 * i), name, colour, font)
+            draw.line([spot(*point) for point in lines.get(name, [])], colour, 2)
+            for x, y in (spot(*point) for point in dots[name]):
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
     return image
 
 def compare(width, depth, batch, slots, budget, device, out):
@@ -683,13 +684,25 @@ def compare(width, depth, batch, slots, budget, device, out):
         ways[name] = lambda layers, x, name=name: checkpoint_sequential(
             layers, math.isqrt(depth - 1) + 1, x, use_reentrant=name == "torch reentrant")
     print(f"{depth} equal layers, {batch} rows of {width} numbers, {slots} slots, {budget:g} MB, on {device}")
-    chain = table(ways, layers, x)
+    chain, dots = table(ways, layers, x)
+
+    def at(schedule):
+        peak, forth = predict(schedule, chain)
+        return peak / 1e6, dots["none"][1] + forth - sum(chain.u)  # (9)
+
     depths = sorted({round(depth ** (i / 30)) for i in range(31)})
-    lines = {name: [(n, predict(make(n, slots), chain)[0] / 1e6) for n in depths] for name, make in STRATEGIES.items()}
+    lines = {name: [(n, at(make(n, slots))[0]) for n in depths] for name, make in STRATEGIES.items()}
     found = {name: [(n, count(make(n, slots), layers[:n], x)[0] / 1e6) for n in depths[::-6]]
              for name, make in STRATEGIES.items()}
+    frontier = {"sqrt": [at(segments(depth, m)) for m in depths], "budget": [],
+                "slots": [at(in_slots(depth, s)) for s in range(1, 33) if math.comb(s + 60, s) >= depth]}
+    for share in 1, 2, 4, 8, 16, 32, 64:
+        with contextlib.suppress(ValueError):  # less than the layers need
+            frontier["budget"].append(at(in_budget(chain, sum(chain.a) / share)))
     file = io.BytesIO()
-    plot("MB stored against layers: equations (lines), counted (dots)", lines, found).save(file, "PNG")
+    plot([("MB stored against layers: equations (lines), counted (dots)", lines, found),
+          ("seconds a step against MB: the equations for all segments, slots and budgets (lines), measured (dots)",
+           frontier, {name: [dot] for name, dot in dots.items()})]).save(file, "PNG")
     write(out / "compare.png", file.getvalue())
 
     n, width = min(depth, 100), max(2, width)
