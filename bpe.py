@@ -502,9 +502,9 @@ def main(argv=None):
                 raise ValueError(f"--decode {file}: want ids, numbers with white space between them") from None
             print(bpe.decode(ids), end="")
         else:
-            made = [shown(bpe, bpe.tokens[a + b]) for a, b in bpe.merges]
-            print("first merges:", *map(repr, made[:12]))
-            print("longest:", *map(repr, sorted(made, key=len, reverse=True)[:6]))
+            made = [a + b for a, b in bpe.merges]
+            for what, some in ("first merges:", made[:12]), ("longest:", sorted(made, key=len, reverse=True)[:6]):
+                print(what, *(repr(shown(bpe, bpe.tokens[raw])) for raw in some))
             print(coloured(bpe, SENTENCE, sys.stdout.isatty()))
             png = io.BytesIO()
             paint_tokens(bpe, SENTENCE).save(png, "PNG")

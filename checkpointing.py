@@ -344,9 +344,10 @@ def table(ways, layers, x):
     """Prints what the ways take, {name: schedule, or as there_and_back() has it}, the first without checkpoints.
 
     Theory is in brackets. Returns the layers' Chain and {name: (MB stored, seconds)} of the schedules."""
-    chain, found = profile(layers, x), {}
+    chain, found, cuda = profile(layers, x), {}, x.device.type == "cuda"
     seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways.values()], x.device)
-    print(f"{'strategy':20}| MB stored           | of none | runs of a layer | s a step          | to none")
+    print(f"{'strategy':20}| MB stored           | of none | runs of a layer | s a step          | to none"
+          + " | MB, allocator" * cuda)
     for (name, way), took in zip(ways.items(), seconds):
         (peak, runs), theory = count(way, layers, x), [""] * 3
         if not callable(way):
@@ -355,8 +356,14 @@ def table(ways, layers, x):
             found[name] = peak / 1e6, took
             theory = f"({least / 1e6:.3f})", f"({most})", f"({seconds[0] + forth - sum(chain.u):.4f})"  # (9)
         share = f"1/{found['none'][0] / peak * 1e6:.1f}" if "non-" not in name else "hidden"  # by hooks of its own
-        print(f"{name:20}| {peak / 1e6:9.3f} {theory[0]:9} | {share:7} | {runs:7} {theory[1]:7} | {took:8.4f} "
-              f"{theory[2]:8} | {took / seconds[0]:7.3f}")
+        line = (f"{name:20}| {peak / 1e6:9.3f} {theory[0]:9} | {share:7} | {runs:7} {theory[1]:7} | {took:8.4f} "
+                f"{theory[2]:8} | {took / seconds[0]:7.3f}")
+        if cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            there_and_back(way, layers, x)
+            line += f" | {(torch.cuda.max_memory_allocated() - before) / 1e6:13.1f}"
+        print(line)
     return chain, found
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
@@ -427,12 +434,18 @@ def read_idx(path):
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 def read_picture(path, size, channels):
-    """The middle square of a picture, scaled -> uint8 (channels, size, size). ValueError if Pillow cannot read it."""
+    """The middle square of a picture, on white where it is transparent, scaled -> uint8 (channels, size, size).
+    ValueError if Pillow cannot read it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of what it reads all the same, or refuses besides
             with Image.open(path) as picture:
-                picture = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
+                picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] == "I":  # 16 bits
+            picture = picture.convert("I").point(lambda v: v * (1 / 257))
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        picture = picture.convert("RGB" if channels == 3 else "L")
         return np.array(ImageOps.fit(picture, (size, size))).reshape(size, size, channels).transpose(2, 0, 1)
     except Exception as e:  # Pillow's own are many: OS, syntax, struct, type, bomb
         raise ValueError(f"{path}: not a picture that can be read ({e})") from None
@@ -445,8 +458,8 @@ def load_images(data, size=28, channels=1, test=False):
         return draw_digits(10_000 if test else 60_000, size, seed=int(test)).expand(-1, channels, -1, -1)
     if data == "mnist":
         download_mnist(folder)
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder}: no such folder")
+    if not data or not folder.is_dir():
+        raise ValueError(f"--data {data}: no such folder")
     if idx := sorted(folder.glob("*-images*ubyte*")):
         path = next((p for p in idx if p.name.startswith(part)), folder / f"{part}-images-idx3-ubyte.gz")
         x = torch.from_numpy(read_idx(path).copy())
@@ -541,7 +554,7 @@ class Progress:
 
     def __call__(self, done, each, note=""):
         """done of total rounds are over, each of them worth `each` units."""
-        now, tty = time.perf_counter(), sys.stdout.isatty()
+        now, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()
         if done == self.total or now - self.shown > (0.2 if tty else 20):
             self.shown, rate = now, (done - self.first) / (now - self.start)
             line = f"{self.what} {done}/{self.total}  {note}  {rate * each:,.0f} {self.unit}/s"

@@ -294,7 +294,7 @@ class Progress:
 
     def __call__(self, done, each, note=""):
         """done of total rounds are over, each of them worth `each` units."""
-        now, tty = time.perf_counter(), sys.stdout.isatty()
+        now, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()
         if done == self.total or now - self.shown > (0.2 if tty else 20):
             self.shown, rate = now, (done - self.first) / (now - self.start)
             line = f"{self.what} {done}/{self.total}  {note}  {rate * each:,.0f} {self.unit}/s"
@@ -484,7 +484,7 @@ def lag_norms(model, ids, lags=100, streams=100):
     d_h[-1] = d_logits @ model.out.weight
     backward(d_h, model.w_hh, saved, fresh)
     norms = d_h.norm(dim=2).mean(1).flip(0)
-    return (norms / norms[0]).cpu()
+    return (norms / norms[0]).nan_to_num().cpu()  # a text of one letter has no gradient
 
 def plot_lags(lines):
     """{name: norms by lag} -> a Pillow image, the norms on a logarithmic scale."""

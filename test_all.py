@@ -521,8 +521,8 @@ def test_repo_bad_data(module):
         Image.fromarray(x[0]).save("a.png", exif=exif)  # to be turned, and its resolution is of a wrong type
         with contextlib.suppress(ValueError):
             module.read_picture(here / "a.png", 8, 1)
-        Image.fromarray(x[0]).convert("P").save("a.png", transparency=bytes(9))  # Pillow has a warning for these
-        with warnings.catch_warnings():
+        Image.fromarray(x[0]).save("a.png")
+        with warnings.catch_warnings(), mock.patch.object(Image, "MAX_IMAGE_PIXELS", 50):  # Pillow warns of this one
             warnings.simplefilter("error")
             assert module.read_picture(here / "a.png", 8, 3).shape == (3, 8, 8)
         unpack({"secret/a.png": picture.getvalue()}, here)
@@ -713,6 +713,12 @@ def test_repo_data_pictures(module):
             x = module.load_images("one", 4, 3, test=test)
             assert x.shape == (1, 3, 4, 4) and (x[0, :, 1:] == torch.tensor([10, 20, 30]).view(3, 1, 1)).all()
             assert (x[0, :, 0] == torch.tensor([90, 80, 70]).view(3, 1)).all()
+        ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        Image.fromarray(ramp.astype(np.uint16) * 257).save("deep.png")
+        assert np.array_equal(module.read_picture(here / "deep.png", 16, 1)[0], ramp)
+        Image.fromarray(np.stack([0 * ramp, ramp], 2), "LA").save("ink.png")  # black, of any opacity
+        for channels in (1, 3):
+            near(module.read_picture(here / "ink.png", 16, channels), 255.0 - np.stack([ramp] * channels), 1)
         paint(here / "few", 3)
         few = [module.load_images("few", 8, test=test) for test in (False, True)]
         assert [len(x) for x in few] == [2, 1]  # fewer than ten: still one for the test

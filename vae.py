@@ -229,12 +229,18 @@ def read_idx(path):
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 def read_picture(path, size, channels):
-    """The middle square of a picture, scaled -> uint8 (channels, size, size). ValueError if Pillow cannot read it."""
+    """The middle square of a picture, on white where it is transparent, scaled -> uint8 (channels, size, size).
+    ValueError if Pillow cannot read it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of what it reads all the same, or refuses besides
             with Image.open(path) as picture:
-                picture = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
+                picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] == "I":  # 16 bits
+            picture = picture.convert("I").point(lambda v: v * (1 / 257))
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        picture = picture.convert("RGB" if channels == 3 else "L")
         return np.array(ImageOps.fit(picture, (size, size))).reshape(size, size, channels).transpose(2, 0, 1)
     except Exception as e:  # Pillow's own are many: OS, syntax, struct, type, bomb
         raise ValueError(f"{path}: not a picture that can be read ({e})") from None
@@ -247,8 +253,8 @@ def load_images(data, size=28, channels=1, test=False):
         return draw_digits(10_000 if test else 60_000, size, seed=int(test)).expand(-1, channels, -1, -1)
     if data == "mnist":
         download_mnist(folder)
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder}: no such folder")
+    if not data or not folder.is_dir():
+        raise ValueError(f"--data {data}: no such folder")
     if idx := sorted(folder.glob("*-images*ubyte*")):
         path = next((p for p in idx if p.name.startswith(part)), folder / f"{part}-images-idx3-ubyte.gz")
         x = torch.from_numpy(read_idx(path).copy())
@@ -343,7 +349,7 @@ class Progress:
 
     def __call__(self, done, each, note=""):
         """done of total rounds are over, each of them worth `each` units."""
-        now, tty = time.perf_counter(), sys.stdout.isatty()
+        now, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()
         if done == self.total or now - self.shown > (0.2 if tty else 20):
             self.shown, rate = now, (done - self.first) / (now - self.start)
             line = f"{self.what} {done}/{self.total}  {note}  {rate * each:,.0f} {self.unit}/s"

@@ -243,7 +243,7 @@ class Progress:
 
     def __call__(self, done, each, note=""):
         """done of total rounds are over, each of them worth `each` units."""
-        now, tty = time.perf_counter(), sys.stdout.isatty()
+        now, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()
         if done == self.total or now - self.shown > (0.2 if tty else 20):
             self.shown, rate = now, (done - self.first) / (now - self.start)
             line = f"{self.what} {done}/{self.total}  {note}  {rate * each:,.0f} {self.unit}/s"
@@ -318,7 +318,7 @@ def count_vocabulary(path, least):
     del counts[""]
     kept = sorted(((word, n) for word, n in counts.items() if n >= least), key=lambda item: (-item[1], item[0]))
     if len(kept) < 2:
-        raise ValueError(f"--text {path}: {len(kept)} words stand in it {least} times; try a smaller --min-count")
+        raise ValueError(f"--text {path}: {len(kept)} words (letters) stand in it {least} times; see --min-count")
     return dict(kept)
 
 def text_to_ids(path, vocabulary, folder):
@@ -417,7 +417,7 @@ def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, n
                     raise FloatingPointError(f"the loss is {log[-1][1]} after iteration {i + 1}; {hint}")
                 speed = (i + 1 - first) * len(ids) / reads / (time.time() - begun)
                 line = f"epoch {log[-1][0]} of {epochs}: loss {log[-1][1]:.4f}, {speed:,.0f} words/s"
-                print(f"{line:<79}", flush=True)
+                print(f"{line:<79}" if sys.stdout and sys.stdout.isatty() else line, flush=True)
                 begun, first = time.time(), i + 1
             if path and (i + 1 == epochs * reads or time.time() - saved > 10):
                 save_checkpoint(path, "word2vec", wanted, parts, i + 1, log)
@@ -467,8 +467,8 @@ def word_parser(doc, name, train):
     add("--lr", type=float, default=default["lr"].default, help="learning rate at the start")
     add("--sample", type=float, default=default["sample"].default, help="t of subsampling, 0 for none")
     add("--model", choices=["skipgram", "cbow"], default="skipgram", help="which question is asked")
-    add("--nearest", nargs="+", default=[], metavar="WORD", help="print the nearest words to each of these")
-    add("--analogy", nargs=3, default=[], metavar=("A", "B", "C"), help="print what is to C as B is to A")
+    add("--nearest", nargs="+", type=str.lower, default=[], metavar="WORD", help="words to print the nearest of")
+    add("--analogy", nargs=3, type=str.lower, default=[], metavar=("A", "B", "C"), help="what is to C as B is to A")
     add("--out", type=Path, default=Path("out", name), help="run folder")
     add("--device", default="auto", help="auto is cuda, else mps, else cpu")
     add("--seed", type=int, default=0, help="same seed, same machine: same bits on the CPU")
