@@ -4658,10 +4658,10 @@ def test_word2vec_topics():
                 assert sum((other[0] in "bcd") == (word[0] in "bcd") for other in near) >= 7, (model, word, near)
 
 def test_word2vec_page():
-    """A word that is rare in the text and fills one page of it does not run away: no step is full of that page."""
+    """A word that is rare in the text and half of one page does not run away: no step is full of that page."""
     rng = np.random.default_rng(0)
     text = np.array([f"w{a}{b}" for a in "abcdefghij" for b in "abcdefghijklmnopqrst"])[rng.integers(0, 200, 30_000)]
-    text[12_000:12_600:3] = text[12_001:12_600:3] = "odd"
+    text[12_000:12_600:2] = "odd"
     with workdir():
         Path("text").write_text(" ".join(text), "utf-8")
         vectors = quiet(word2vec.train, "text", epochs=2, dim=16, sample=0)

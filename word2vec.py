@@ -51,8 +51,8 @@ Meaning is then in directions, and in differences of them:
 Trip wires: a window is b words each way. Counts are of the raw text, the windows of what subsampling left. v and u are
 two tables. A negative may be o itself: (1) has it so, the authors' program leaves it out. The gradients of a
 step's blocks add up, so that a common word moves far: with a larger --batch, or few different words, take a smaller
---lr. A step takes fewer words where the commonest would stand in it more than 16 times, and its blocks are from 16
-places of the text, since a word that is rare in the whole can be the commonest of a page.
+--lr. The blocks of 16 steps are read at once and mixed, and a step takes fewer words where the commonest of them would
+stand in it more than 16 times: a word that is rare in the text may fill a page of it.
 A word is a run of letters, in lower case, a Chinese character a word by itself; a blank line ends all windows.
 Differs from the papers in: (7); t / f in (5), as in the authors' program; v and u move once a step of many blocks; no
 phrases, no hierarchical softmax. M^T in (8) divides a CBOW gradient among the window, which the authors' program omits.
@@ -72,7 +72,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # --------------------------------------------------------------------------------------------------------- method -----
 BLOCK, SHARED = 32, 40  # L and S
-AT_ONCE = 16  # places at which the text is read at once, and steps for which windows and negatives are drawn at once
+AT_ONCE = 16  # steps for which the text is read and windows and negatives are drawn at once
 
 def keep_chance(counts, t):
     """How likely a word is to stay each time that it stands in the text, counts (V,) -> (V,). t = 0 keeps all."""
@@ -392,18 +392,15 @@ def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, n
         done, log = resume(path, parts, load_checkpoint(path, ["word2vec"], device, wanted))
     counts = torch.tensor([*counts.values()], dtype=torch.float32)
     keep, table = keep_chance(counts, sample), negative_table(counts)
-    stay = counts * keep
-    products, blocks_a_step = fast_products(device), max(1, int(min(batch, 16 * stay.sum() / stay.max())) // BLOCK)
-    stretch, gap = -(-len(ids) // AT_ONCE), np.array([-1], ids.dtype)
-    reads = -(-stretch // batch)  # in an epoch
+    products = fast_products(device)
+    reads = -(-len(ids) // (batch * AT_ONCE))  # in an epoch
     progress, saved, (begun, first) = Progress("part", "words", epochs * reads, done), time.time(), (time.time(), done)
     with torch.no_grad():
         for i in range(done, epochs * reads):
-            at, rate = i % reads * batch, lr * max(1 - i / (epochs * reads), 1e-4)  # (9)
-            places = [ids[start : start + stretch][at : at + batch] for start in range(0, len(ids), stretch)]
-            raw = np.concatenate([part for place in places for part in (place, gap)])
-            blocks = draw_blocks(torch.from_numpy(raw), keep, table, window)
-            mixed = torch.randperm(len(blocks[0]))
+            at, rate = i % reads * batch * AT_ONCE, lr * max(1 - i / (epochs * reads), 1e-4)  # (9)
+            blocks = draw_blocks(torch.from_numpy(np.array(ids[at : at + batch * AT_ONCE])), keep, table, window)
+            mixed, here = torch.randperm(len(blocks[0])), blocks[0].flatten().bincount()
+            blocks_a_step = max(1, int(min(batch, 16 * here.sum() / here.max())) // BLOCK)
             blocks = [part[mixed].to(device, non_blocking=True).split(blocks_a_step) for part in blocks]
             for step in zip(*blocks):
                 objective = sgd_step(vectors.table, outside.table, step, negative, rate, model, products)
