@@ -4658,7 +4658,7 @@ def test_word2vec_topics():
                 assert sum((other[0] in "bcd") == (word[0] in "bcd") for other in near) >= 7, (model, word, near)
 
 def test_word2vec_page():
-    """A word that is rare in the text and half of one page does not run away: no step is full of that page."""
+    """A word that is rare in the text and half of one page does not run away, nor do all words where there are few."""
     rng = np.random.default_rng(0)
     text = np.array([f"w{a}{b}" for a in "abcdefghij" for b in "abcdefghijklmnopqrst"])[rng.integers(0, 200, 30_000)]
     text[12_000:12_600:2] = "odd"
@@ -4667,6 +4667,9 @@ def test_word2vec_page():
         vectors = quiet(word2vec.train, "text", epochs=2, dim=16, sample=0)
     norm = vectors.table.norm(dim=1)
     assert norm[vectors.words.index("odd")] < 10 * norm.median() < 20, norm
+    with workdir():
+        Path("text").write_text(" ".join(text[rng.integers(0, 30, 20_000)]), "utf-8")
+        assert quiet(word2vec.train, "text", epochs=1, dim=16, sample=0).table.norm(dim=1).max() < 2
 
 def test_word2vec_hash_seed():
     """Another PYTHONHASHSEED, the same vectors."""
