@@ -32,11 +32,11 @@ depends on all others. But volumes stay: p_X could nowhere exceed p_H's peak. On
 All h_i spread alike, so y_i = exp(-s_i) h_i spreads as exp(-s_i): far for numbers in which images differ, little for
 those that hold only noise. This orders them, as a principal component analysis does. The prior is standard logistic:
   (6) log p_H(h) = sum_i log sigmoid'(h_i) = sum_i -softplus(h_i) - softplus(-h_i),  softplus(v) = log(1 + e^v)    [3.4]
-Its cumulative function is sigmoid. The inverse of that makes even numbers logistic, and f^-1 makes these an image:
-  (7) h_i = log u_i - log(1 - u_i),  u_i even on 0 .. 1;  x = f^-1(h)
+Its cumulative function is sigmoid. The inverse of that makes uniform numbers logistic, and f^-1 makes these an image:
+  (7) h_i = log u_i - log(1 - u_i),  u_i uniform on 0 .. 1;  x = f^-1(h)
 Bytes have no density: a model could put a spike on each, and gain without bound. So each byte is spread over its bin.
 The authors' code has the same as (255 x + u) / 256, for there x = k / 255 is the image before u is added:
-  (8) x = (k + u) / 256,  u even on 0 .. 1;  and back, k = floor(256 x)                                            [5.1]
+  (8) x = (k + u) / 256,  u uniform on 0 .. 1;  and back, k = floor(256 x)                                         [5.1]
 A bin has the probability P(k) = 256^-D E_u[p_X(x)] >= 256^-D exp E_u[log p_X(x)], by Jensen, so bytes cost at most
   (9) bits/dim = 8 - log p_X(x) / (D ln 2), the mean over u, log p_X in nats: the paper's 1980.50 are 4.356, D = 784
 In-painting. Only the part x_O of x is known. The hidden part x_H climbs to where the density is high, within 0 .. 1:
@@ -104,12 +104,12 @@ def log_logistic(h):
     return (-h - 2 * F.softplus(-h)).sum(1)  # (6), for softplus(h) is h + softplus(-h)
 
 def logistic(u):
-    """Standard logistic numbers from numbers even on 0 .. 1, of which 0 and 1 themselves are moved inside."""
+    """Standard logistic numbers from numbers uniform on 0 .. 1, of which 0 and 1 themselves are moved inside."""
     u = u.clamp(torch.finfo(u.dtype).eps, 1 - torch.finfo(u.dtype).eps)
     return u.log() - torch.log1p(-u)  # (7)
 
 def dequantise(x, u):
-    """Bytes 0 .. 255 of any dtype, u even on [0, 1), of one shape -> floats in 0 .. 1 (255 + u may round to 256)."""
+    """Bytes 0 .. 255 of any dtype, u uniform on [0, 1), of one shape -> floats in 0 .. 1 (255 + u may round to 256)."""
     return (x + u) / 256
 
 def quantise(x):
@@ -124,7 +124,7 @@ def bits_per_dim(nats, dims):
 def inpaint(model, x, known, steps=1000, generator=None, limit=1.0):
     """Images x (N, C, H, W) in 0 .. 1, with new pixels wherever known (bool, of a shape that expands to x's) is False.
 
-    Of the hidden pixels nothing is used: they start as noise, even on 0 .. 1. limit: of each pixel's slope, in nats."""
+    Of the hidden pixels nothing is used: they start as uniform noise. limit: of each pixel's slope, in nats."""
     y = torch.where(known, x, torch.rand(x.shape, generator=generator, device=x.device))
     for i in range(steps):
         slope, = torch.autograd.grad(log_prob(model, y.requires_grad_()).sum(), y)

@@ -40,7 +40,7 @@ put aside as latents; h_1 goes on to a second scale of the same kind, at half th
   (9) (h', z_1) = f_1(h),  (h'', z_2) = f_2(h'),  z = (z_1, z_2, h''): D/2, D/4 and D/4 numbers                 [13-16]
 Before all couplings each pixel of h gets mean 0 and variance 1, over 1000 images, then a learned gain and bias:
   (10) y = (h - mean) / deviation exp(gain) + bias,  log|det dy/dh| = sum (gain - log deviation)
-Data. A density can grow without limit on bytes, which are points, so u, even on [0, 1), fills the gaps between them:
+Data. A density can grow without limit on bytes, which are points, so u, uniform on [0, 1), fills the gaps between them:
   (11) x = (byte + u) / 256
 P(bytes) is the integral of p(x) over a cell of volume 256^-D. By Jensen, log P >= E_u[log p(x)] - D log 256:
   (12) bits/dim = -log2 P(bytes) / D <= 8 - E_u[log p(x)] / (D ln 2)
@@ -92,7 +92,7 @@ def log_latent(z):
     return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)  # (2)
 
 def dequantise(x, u):
-    """Bytes 0 .. 255 of any dtype, u even on [0, 1), of one shape -> floats in 0 .. 1 (255 + u may round to 256)."""
+    """Bytes 0 .. 255 of any dtype, u uniform on [0, 1), of one shape -> floats in 0 .. 1 (255 + u may round to 256)."""
     return (x + u) / 256
 
 def bits_per_dim(nats, dims):

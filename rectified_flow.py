@@ -546,7 +546,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.guard():
         rank, _ = processes(args.device, args.batch)
-        device, path = pick_device(args.device), args.out / "model.pt"
+        device = pick_device(args.device)
         if not args.tol > 0:
             raise ValueError(f"--tol {args.tol}: must be above 0")
         images = load_images(args.data, args.size, args.channels)

@@ -43,7 +43,7 @@ K draws of z give a better bound than (3), its case K = 1. It never falls as K g
 A latent that the encoder does not use has mu = 0, sigma = 1 for all images, and no KL. In use, or active, are those of
   (10) Var_x( mu_j(x) ) > 0.01                                                                                   [IWAE]
 Two latents fill a plane. It is cut into cells of equal probability, not area, a z in each; Phi is the normal CDF:
-  (11) z = Phi^-1(u) = sqrt(2) erfinv(2 u - 1) with u even over 0 .. 1                                     [Appendix A]
+  (11) z = Phi^-1(u) = sqrt(2) erfinv(2 u - 1) with u uniform on 0 .. 1                                    [Appendix A]
 
 Trip wires: a mean over pixels in (6) makes the KL D times too heavy, and all codes alike. log_var is log sigma^2, not
 sigma and not log sigma. ELBO and log p(x) lie below 0, higher is better; many later papers print -log p(x). Nats, not
