@@ -4722,9 +4722,11 @@ def test_word2vec_closest():
     assert "'cat'" in refusal(word2vec.nearest, made, "cat")
 
 def test_word2vec_map():
-    """The map is the two main directions of the vectors: what lies in a plane keeps its shape but for two scales."""
-    flat = torch.tensor([[0.0, 0], [10, 0], [0, 4], [10, 4], [5, 2]])
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0][:2]
+    """The map is the two main directions of the unit vectors: what lies in a plane, as a small piece of a sphere all but
+    does, keeps its shape but for two scales, whatever the lengths."""
+    flat = torch.tensor([[-5.0, -2, 999], [5, -2, 999], [-5, 2, 999], [5, 2, 999], [0, 0, 999]])
+    flat *= torch.tensor([1, 2, 3, 4, 5]).view(5, 1)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0][:3]
     spots = {}
     draw = types.SimpleNamespace(text=lambda at, word, *rest: spots.update({word: torch.tensor(at)}))
     with mock.patch.object(word2vec.ImageDraw, "Draw", lambda image: draw):

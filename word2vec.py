@@ -437,8 +437,8 @@ def save_text(path, vectors):
     write(path, "".join(lines).encode())
 
 def plot_words(vectors, n=150, side=1000):
-    """A Pillow image: the n commonest words where the two main directions of their vectors put them."""
-    x = vectors.table[:n].cpu().double()
+    """A Pillow image: the n commonest words where the two main directions of their unit vectors put them."""
+    x = F.normalize(vectors.table[:n].cpu().double())
     x = x - x.mean(0)
     _, _, axes = torch.linalg.svd(x, full_matrices=False)
     flat = x @ axes[:2].T if x.shape[1] > 1 else F.pad(x, (0, 1))
