@@ -4722,7 +4722,7 @@ def test_word2vec_closest():
     assert "'cat'" in refusal(word2vec.nearest, made, "cat")
 
 def test_word2vec_map():
-    """The map is the two main directions of the unit vectors: what lies in a plane, as a small piece of a sphere all but
+    """The map is the two main directions of the unit vectors: what lies in a plane, as a small piece of a sphere nearly
     does, keeps its shape but for two scales, whatever the lengths."""
     flat = torch.tensor([[-5.0, -2, 999], [5, -2, 999], [-5, 2, 999], [5, 2, 999], [0, 0, 999]])
     flat *= torch.tensor([1, 2, 3, 4, 5]).view(5, 1)
