@@ -320,11 +320,10 @@ class BPE:
         ranks = [f"{base64.b64encode(raw).decode()} {i}\n" for raw, i in by_id(self.tokens).items()]
         merges = "".join(["#version: 0.2\n", *lines]).encode()
         vocab = json.dumps(by_id(names | self.special), ensure_ascii=False).encode()
-        write(Path(folder, "merges.txt"), merges)
-        write(Path(folder, "ranks.tiktoken"), "".join(ranks).encode())
+        files = {"merges.txt": merges, "ranks.tiktoken": "".join(ranks).encode()}
         if settings:
-            write(Path(folder, "settings.json"), json.dumps(settings | dict(made=fingerprint(vocab, merges))).encode())
-        write(Path(folder, "vocab.json"), vocab)
+            files["settings.json"] = json.dumps(settings | dict(made=fingerprint(vocab, merges))).encode()
+        write({Path(folder, name): raw for name, raw in (files | {"vocab.json": vocab}).items()})
 
     @classmethod
     def load(cls, path):
@@ -372,15 +371,18 @@ def utf8(text):
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Text, files, flags: the same text in every file that has them, and nothing of the method.
-def write(path, raw):
-    """All of the bytes raw into path, or none: a full disk or a kill leaves there what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def write(files):
+    """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        part.write_bytes(raw)
-        part.replace(path)
+        for path, raw in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path].write_bytes(raw)
+        for path, part in parts.items():
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 def load_text(path="docstrings"):
     """A text file in UTF-8, or English that needs no download: the docstrings of Python's standard library, in the
@@ -508,7 +510,7 @@ def main(argv=None):
             print(coloured(bpe, SENTENCE, sys.stdout.isatty()))
             png = io.BytesIO()
             paint_tokens(bpe, SENTENCE).save(png, "PNG")
-            write(args.out / "tokens.png", png.getvalue())
+            write({args.out / "tokens.png": png.getvalue()})
             print(f"{len(bpe.bytes)} tokens, {had['bytes'] / had['tokens']:.3f} bytes per token: vocab.json, "
                   f"merges.txt, ranks.tiktoken, tokens.png in {args.out}")
 

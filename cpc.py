@@ -165,15 +165,18 @@ MNIST_SHA256 = {
 }
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
-def write(path, raw):
-    """All of the bytes raw into path, or none: a full disk or a kill leaves there what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def write(files):
+    """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        part.write_bytes(raw)
-        part.replace(path)
+        for path, raw in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path].write_bytes(raw)
+        for path, part in parts.items():
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 def draw_digits(n, size=28, seed=0):
     """uint8 (n, 1, size, size): image i shows i % 10 in Pillow's font, in one of four widths, warped at random."""
@@ -200,7 +203,7 @@ def download_mnist(folder, urls=MNIST_URLS):
                 with urllib.request.urlopen(url + name, timeout=30) as answer:
                     raw = answer.read()
                 if hashlib.sha256(raw).hexdigest() == sha256:
-                    write(folder / name, raw)
+                    write({folder / name: raw})
                     break
                 reasons.append(f"{url}: wrong SHA-256")
             except (OSError, http.client.HTTPException) as e:
@@ -278,15 +281,15 @@ def save_grid(path, x, columns=8):
     sheet = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-2, :-2]  # (H', W', C)
     file, zoom = io.BytesIO(), max(1, 64 // x.shape[2])
     Image.fromarray(sheet.squeeze(2).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()).save(file, "PNG")
-    write(path, file.getvalue())
+    write({path: file.getvalue()})
 
 def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",)):
     """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
     file, state = io.BytesIO(), [part.state_dict() for part in parts]
     torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
-    write(path, file.getvalue())
     rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
-    write(path.with_name("log.csv"), "".join(",".join(row) + "\n" for row in rows).encode())
+    table = "".join(",".join(row) + "\n" for row in rows).encode()
+    write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
 
 @contextlib.contextmanager
 def reading(path):
@@ -563,7 +566,7 @@ def main(argv=None):
             curves = {name: learning_curve(*pair, y.to(device), wanted.to(device)) for name, pair in kinds.items()}
             png = io.BytesIO()
             plot_labels(curves).save(png, "PNG")
-            write(args.out / "labels.png", png.getvalue())
+            write({args.out / "labels.png": png.getvalue()})
             print("test accuracy of a linear probe by the number of labelled images, mean of five draws but for all")
             for name, curve in curves.items():
                 shares = "  ".join(f"{count}: {share:.2%}" for count, share in curve.items())

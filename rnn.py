@@ -200,15 +200,18 @@ class CharRNN(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Text, files, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
-def write(path, raw):
-    """All of the bytes raw into path, or none: a full disk or a kill leaves there what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def write(files):
+    """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        part.write_bytes(raw)
-        part.replace(path)
+        for path, raw in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path].write_bytes(raw)
+        for path, part in parts.items():
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 def load_text(path="docstrings"):
     """A text file in UTF-8, or English that needs no download: the docstrings of Python's standard library, in the
@@ -243,9 +246,9 @@ def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",))
     """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
     file, state = io.BytesIO(), [part.state_dict() for part in parts]
     torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
-    write(path, file.getvalue())
     rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
-    write(path.with_name("log.csv"), "".join(",".join(row) + "\n" for row in rows).encode())
+    table = "".join(",".join(row) + "\n" for row in rows).encode()
+    write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
 
 @contextlib.contextmanager
 def reading(path):
@@ -530,10 +533,10 @@ def main(argv=None):
             models[f"{cell}, {iters} iterations"] = load(args.out / path, device)
         model = next(iter(models.values()))
         drawn = sample(model, args.samples, args.prompt, args.temperature, args.seed)
-        write(args.out / "samples.txt", drawn.encode())
+        write({args.out / "samples.txt": drawn.encode()})
         lags, png = min(100, (len(ids) - first - 1) // 2), io.BytesIO()
         plot_lags({name: lag_norms(m, ids[first:], lags) for name, m in models.items()}).save(png, "PNG")
-        write(args.out / "lag.png", png.getvalue())
+        write({args.out / "lag.png": png.getvalue()})
         nats = evaluate(model, ids, first)
         print(drawn[:400].encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
         print(f"the last {len(ids) - first} letters: {nats:.4f} nats = {nats / math.log(2):.4f} bits a letter")

@@ -186,6 +186,19 @@ def stopped_at(module, iteration, total):
     with mock.patch.object(module, "Progress", Stop):
         yield
 
+@contextlib.contextmanager
+def killed_after(name, times=1):
+    """Ctrl-C as soon as a file of this name has been put in its place so many times."""
+    real, left = os.replace, iter(range(1, times))
+
+    def replace(source, target):
+        real(source, target)
+        if Path(target).name == name and next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with mock.patch("os.replace", replace):
+        yield
+
 def hurried(module):
     """A clock that runs 100 s between any two looks at it, so that whatever waits for time to pass happens."""
     tick = itertools.count(0.0, 100.0).__next__
@@ -412,6 +425,17 @@ def test_repo_stop_and_resume(module):
         same(*(torch.load(io.BytesIO(run["run/model.pt"]), weights_only=True) for run in (files, snapshot(here))))
         assert differ in ([], ["run/model.pt"]), differ  # a pickle of equal tensors may lay them out in another order
 
+def test_repo_killed_while_it_saves():
+    """Killed between the log and the checkpoint of any save, the same command ends with both as if it had not been."""
+    words, _, files = finished(ddim)
+    for name, times in itertools.product(("log.csv", "model.pt"), (1, 2)):  # the saves of 100 and of 130 iterations
+        with workdir() as here:
+            inputs(here)
+            with killed_after(name, times), hurried(ddim):
+                assert call(ddim, words)[0] == 130
+            assert call(ddim, words)[0] == 0
+            assert changed(files, snapshot(here)) in ([], ["run/model.pt"])
+
 def same(a, b, where=""):
     """Equal to the last bit, through dicts, lists and tensors."""
     assert type(a) is type(b), (where, type(a), type(b))
@@ -449,10 +473,10 @@ def test_repo_write_is_atomic(module):
     """write() on a full disk, or killed just before the rename, leaves the old file and no other."""
     with workdir() as here:
         path = here / "sub" / "file"
-        module.write(path, b"old")
+        module.write({path: b"old"})
         with full_disk(1000):
             try:
-                module.write(path, bytes(2000))
+                module.write({path.with_name("small"): b"new", path: bytes(2000)})
             except OSError as e:
                 assert e.errno == errno.EFBIG
             else:
@@ -464,10 +488,10 @@ def test_repo_write_is_atomic(module):
             raise KeyboardInterrupt
 
         with mock.patch("os.replace", rename), contextlib.suppress(KeyboardInterrupt):
-            module.write(path, bytes(2000))
+            module.write({path: bytes(2000)})
         assert snapshot(path.parent) == {"file": b"old"}
-        module.write(path, bytes(2000))
-        assert snapshot(path.parent) == {"file": bytes(2000)}
+        module.write({path: bytes(2000), path.with_name("other"): b"too"})
+        assert snapshot(path.parent) == {"file": bytes(2000), "other": b"too"}
 
 def refused(module, words, say, here):
     """None if main refuses the words as it should, saying `say` and touching nothing in here; else what went wrong."""
@@ -654,7 +678,7 @@ def test_repo_download(module):
                     module.download_mnist(here / "new" / "mnist", (at + "good/",))
                     assert not server.asked, "it asked for what was there"
             with workdir() as here:
-                module.write(here / "mnist" / names[0], b"here already")  # only what is missing is asked for
+                module.write({here / "mnist" / names[0]: b"here already"})  # only what is missing is asked for
                 module.download_mnist(here / "mnist", (at + "good/",))
                 assert server.asked == ["good/" + name for name in names[1:]]
             with workdir() as here:
@@ -4492,15 +4516,8 @@ def test_bpe_command():
             assert call(bpe, ["--out", "run", "--encode", "odd.txt"]) == (0, ids, "")
             wrong += [refused(bpe, [*words, *special], "--fresh", here)]
         assert not any(wrong), "\n".join(filter(None, wrong))
-        write = bpe.write
         for stop in "merges.txt", "ranks.tiktoken", "settings.json", "vocab.json":  # killed just after, it still ends
-
-            def killed(path, raw, stop=stop):
-                write(path, raw)
-                if path.name == stop:
-                    raise KeyboardInterrupt
-
-            with mock.patch.object(bpe, "write", killed):
+            with killed_after(stop):
                 assert call(bpe, [*words, *special, "--out", stop])[0] == 130
             assert call(bpe, [*words, *special, "--out", stop])[0] == 0
             assert snapshot(here / stop) == {name[4:]: raw for name, raw in files.items() if name.startswith("run/")}

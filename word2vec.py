@@ -149,15 +149,18 @@ def sgd_step(v, u, blocks, k, rate, model, products=None):
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Text, files, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
-def write(path, raw):
-    """All of the bytes raw into path, or none: a full disk or a kill leaves there what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def write(files):
+    """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        part.write_bytes(raw)
-        part.replace(path)
+        for path, raw in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path].write_bytes(raw)
+        for path, part in parts.items():
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 def load_text(path="docstrings"):
     """A text file in UTF-8, or English that needs no download: the docstrings of Python's standard library, in the
@@ -192,9 +195,9 @@ def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",))
     """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
     file, state = io.BytesIO(), [part.state_dict() for part in parts]
     torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
-    write(path, file.getvalue())
     rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
-    write(path.with_name("log.csv"), "".join(",".join(row) + "\n" for row in rows).encode())
+    table = "".join(",".join(row) + "\n" for row in rows).encode()
+    write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
 
 @contextlib.contextmanager
 def reading(path):
@@ -434,7 +437,7 @@ def save_text(path, vectors):
     lines = [f"{len(vectors.words)} {vectors.table.shape[1]}\n"]
     for word, row in zip(vectors.words, vectors.table.tolist()):
         lines.append(" ".join([word, *(f"{x:.6g}" for x in row)]) + "\n")
-    write(path, "".join(lines).encode())
+    write({path: "".join(lines).encode()})
 
 def plot_words(vectors, n=150, side=1000):
     """A Pillow image: the n commonest words where the two main directions of their unit vectors put them."""
@@ -484,7 +487,7 @@ def main(argv=None):
         save_text(args.out / "vectors.txt", vectors)
         png = io.BytesIO()
         plot_words(vectors).save(png, "PNG")
-        write(args.out / "map.png", png.getvalue())
+        write({args.out / "map.png": png.getvalue()})
         show = lambda pairs: ", ".join(f"{word} {cosine:.2f}" for word, cosine in pairs)
         for word in args.nearest or vectors.words[50:350:50] or vectors.words[:3]:
             print(f"{word}: {show(nearest(vectors, word))}")
