@@ -535,17 +535,13 @@ def load_checkpoint(path, methods, device, wanted=()):
                              "--fresh trains anew over it, --out elsewhere keeps it")
     return state
 
-def fill(path, parts, saved):
-    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    with reading(path):
-        for part, state in zip(parts, saved, strict=True):
-            part.load_state_dict(state)
-
 def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log."""
-    fill(path, parts, state["parts"])
-    torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
-    torch.set_rng_state(state["rng"].cpu())
+    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
+    with reading(path):
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
+        torch.set_rng_state(state["rng"].cpu())
     return state["done"], state["log"]
 
 class Progress:
@@ -664,8 +660,9 @@ def train(images, iters=3000, batch=128, lr=1e-3, width=128, depth=100, strategy
 def load(path, device="cpu"):
     """The network of a checkpoint; model(x) takes the noise off images in -1 .. 1 of the shape model.shape."""
     state = load_checkpoint(Path(path), ["checkpointing"], device)
-    model = Denoiser(*(state["settings"][name] for name in ("channels", "size", "width", "depth")))
-    fill(path, [model], state["parts"][:1])
+    with reading(path):
+        model = Denoiser(*(state["settings"][name] for name in ("channels", "size", "width", "depth")))
+        model.load_state_dict(state["parts"][0])
     return model.to(device).requires_grad_(False).eval()
 
 def plot(panels):

@@ -319,17 +319,13 @@ def load_checkpoint(path, methods, device, wanted=()):
                              "--fresh trains anew over it, --out elsewhere keeps it")
     return state
 
-def fill(path, parts, saved):
-    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    with reading(path):
-        for part, state in zip(parts, saved, strict=True):
-            part.load_state_dict(state)
-
 def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log."""
-    fill(path, parts, state["parts"])
-    torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
-    torch.set_rng_state(state["rng"].cpu())
+    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
+    with reading(path):
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
+        torch.set_rng_state(state["rng"].cpu())
     return state["done"], state["log"]
 
 class Progress:
@@ -494,9 +490,11 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
 def load_players(path, device="cpu"):
     """The averaged G and D of a checkpoint, in eval mode, and what progress.png shows, uint8 (10, 8, C, H, W)."""
     state = load_checkpoint(Path(path), ["gan"], device)
-    channels, size, width, latent = (state["settings"][name] for name in ("channels", "size", "width", "latent"))
-    G, D = Generator(channels, size, width, latent), Discriminator(channels, size, width)
-    fill(path, (G, D, film := Film(G.shape)), state["parts"][1:4])
+    with reading(path):
+        channels, size, width, latent = (state["settings"][name] for name in ("channels", "size", "width", "latent"))
+        G, D = Generator(channels, size, width, latent), Discriminator(channels, size, width)
+        for part, saved in zip((G, D, film := Film(G.shape)), state["parts"][1:4], strict=True):
+            part.load_state_dict(saved)
     G, D = (net.to(device, memory_format=layout(device)).requires_grad_(False).eval() for net in (G, D))
     return G, D, film.frames
 

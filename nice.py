@@ -358,17 +358,13 @@ def load_checkpoint(path, methods, device, wanted=()):
                              "--fresh trains anew over it, --out elsewhere keeps it")
     return state
 
-def fill(path, parts, saved):
-    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    with reading(path):
-        for part, state in zip(parts, saved, strict=True):
-            part.load_state_dict(state)
-
 def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log."""
-    fill(path, parts, state["parts"])
-    torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
-    torch.set_rng_state(state["rng"].cpu())
+    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
+    with reading(path):
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
+        torch.set_rng_state(state["rng"].cpu())
     return state["done"], state["log"]
 
 class Progress:
@@ -519,8 +515,9 @@ def train(images, iters=10000, batch=64, lr=3e-3, width=256, layers=3, couplings
 def load(path, device="cpu"):
     """The model that train() returned, ready to sample; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["nice"], device)
-    model = NICE(*(state["settings"][name] for name in ("channels", "size", "width", "layers", "couplings")))
-    fill(path, [model], state["parts"][3:4])
+    with reading(path):
+        model = NICE(*(state["settings"][name] for name in ("channels", "size", "width", "layers", "couplings")))
+        model.load_state_dict(state["parts"][3])
     return model.to(device).requires_grad_(False).eval()
 
 @torch.inference_mode()

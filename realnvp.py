@@ -400,17 +400,13 @@ def load_checkpoint(path, methods, device, wanted=()):
                              "--fresh trains anew over it, --out elsewhere keeps it")
     return state
 
-def fill(path, parts, saved):
-    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    with reading(path):
-        for part, state in zip(parts, saved, strict=True):
-            part.load_state_dict(state)
-
 def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log."""
-    fill(path, parts, state["parts"])
-    torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
-    torch.set_rng_state(state["rng"].cpu())
+    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
+    with reading(path):
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
+        torch.set_rng_state(state["rng"].cpu())
     return state["done"], state["log"]
 
 class Progress:
@@ -549,8 +545,9 @@ def train(images, iters=4600, batch=32, lr=2e-2, width=16, blocks=1, couplings=3
 def load(path, device="cpu"):
     """The averaged model of a checkpoint, ready to sample; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["realnvp"], device, dict(alpha=ALPHA))
-    model = RealNVP(*(state["settings"][name] for name in ("channels", "size", "width", "blocks", "couplings")))
-    fill(path, [model], state["parts"][1:2])
+    with reading(path):
+        model = RealNVP(*(state["settings"][name] for name in ("channels", "size", "width", "blocks", "couplings")))
+        model.load_state_dict(state["parts"][1])
     return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()
 
 @torch.inference_mode()

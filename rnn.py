@@ -275,17 +275,13 @@ def load_checkpoint(path, methods, device, wanted=()):
                              "--fresh trains anew over it, --out elsewhere keeps it")
     return state
 
-def fill(path, parts, saved):
-    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    with reading(path):
-        for part, state in zip(parts, saved, strict=True):
-            part.load_state_dict(state)
-
 def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log."""
-    fill(path, parts, state["parts"])
-    torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
-    torch.set_rng_state(state["rng"].cpu())
+    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
+    with reading(path):
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
+        torch.set_rng_state(state["rng"].cpu())
     return state["done"], state["log"]
 
 class Progress:
@@ -435,8 +431,9 @@ def load(path, device="cpu"):
     """The averaged network of a checkpoint, ready to sample; model.chars are the letters that it knows."""
     state = load_checkpoint(Path(path), ["rnn"], device)
     had = state["settings"]
-    model = CharRNN(had["chars"], had["cell"], had["width"], dropout=had["dropout"])
-    fill(path, [model], state["parts"][1:2])
+    with reading(path):
+        model = CharRNN(had["chars"], had["cell"], had["width"], dropout=had["dropout"])
+        model.load_state_dict(state["parts"][1])
     return model.to(device).requires_grad_(False).eval()
 
 @torch.no_grad()

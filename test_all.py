@@ -588,7 +588,8 @@ def test_repo_bad_checkpoint(module):
     with zipfile.ZipFile(io.BytesIO(good)) as file:
         largest = file.read(max(file.infolist(), key=lambda record: record.file_size))
     broken = {"of one bit less": good.replace(largest, bytes([largest[0] ^ 1]) + largest[1:]),
-              "of wrong types": edited(settings=[1]), "without parts": edited(parts=[None] * len(parts)),
+              "of wrong types": edited(settings=[1]), "without settings": edited(settings={}),
+              "without parts": edited(parts=[None] * len(parts)),
               "empty": b"", "garbage": b"garbage" * 99, "cut short": good[:-100], "cut shorter": good[:999],
               "another file's": edited(method="other"), "another network's": edited(parts=renamed)}
     other = [("--width", 16, "width 8, not 16"), ("--iters", 131, "iters 130, not 131"), ("--seed", 7, "seed 0, not 7"),

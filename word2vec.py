@@ -224,17 +224,13 @@ def load_checkpoint(path, methods, device, wanted=()):
                              "--fresh trains anew over it, --out elsewhere keeps it")
     return state
 
-def fill(path, parts, saved):
-    """Load the saved state of each part. ValueError if the checkpoint at path is of another network."""
-    with reading(path):
-        for part, state in zip(parts, saved, strict=True):
-            part.load_state_dict(state)
-
 def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log."""
-    fill(path, parts, state["parts"])
-    torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's generator is not saved: new numbers
-    torch.set_rng_state(state["rng"].cpu())
+    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
+    with reading(path):
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
+        torch.set_rng_state(state["rng"].cpu())
     return state["done"], state["log"]
 
 class Progress:
@@ -428,8 +424,9 @@ def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, n
 def load(path, device="cpu"):
     """The Vectors of a checkpoint."""
     state = load_checkpoint(Path(path), ["word2vec"], device)
-    vectors = Vectors(state["settings"]["words"], state["settings"]["dim"])
-    fill(path, [vectors], state["parts"][:1])
+    with reading(path):
+        vectors = Vectors(state["settings"]["words"], state["settings"]["dim"])
+        vectors.load_state_dict(state["parts"][0])
     return vectors.to(device)
 
 def save_text(path, vectors):
