@@ -52,7 +52,7 @@ Trip wires: a window is b words each way. Counts are of the raw text, the window
 two tables. A negative may be o itself: (1) has it so, the authors' program leaves it out. The gradients of a
 step's blocks add up, so that a common word moves far: with a larger --batch, or few different words, take a smaller
 --lr. The blocks of 16 steps are read at once and mixed, and a step takes fewer words where the commonest of them would
-stand in it more than 8 times: a word that is rare in the text may fill a page of it.
+stand in it more than 16 times, as on a page about one thing, and never more than 6 for each word of the vocabulary.
 A word is a run of letters, in lower case, a Chinese character a word by itself; a blank line ends all windows.
 Differs from the papers in: (7); t / f in (5), as in the authors' program; v and u move once a step of many blocks; no
 phrases, no hierarchical softmax. M^T in (8) divides a CBOW gradient among the window, which the authors' program omits.
@@ -399,7 +399,7 @@ def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, n
             at, rate = i % reads * batch * AT_ONCE, lr * max(1 - i / (epochs * reads), 1e-4)  # (9)
             blocks = draw_blocks(torch.from_numpy(np.array(ids[at : at + batch * AT_ONCE])), keep, table, window)
             mixed, here = torch.randperm(len(blocks[0])), blocks[0].flatten().bincount()
-            blocks_a_step = max(1, int(min(batch, 8 * here.sum() / here.max())) // BLOCK)
+            blocks_a_step = max(1, int(min(batch, 16 * here.sum() / here.max(), 6 * len(counts))) // BLOCK)
             blocks = [part[mixed].to(device, non_blocking=True).split(blocks_a_step) for part in blocks]
             for step in zip(*blocks):
                 objective = sgd_step(vectors.table, outside.table, step, negative, rate, model, products)
