@@ -161,7 +161,7 @@ def run(layers, schedule, x):
 def segments(n, m):
     """m parts, equally long or nearly so, of which the last is kept: 1 is no checkpoint, n are every layer alone."""
     cuts = [n * i // m for i in range(m + 1)]
-    return [*(list(range(i, j)) for i, j in zip(cuts, cuts[1:-1])), *range(cuts[-2], n)]  # (3), (4)
+    return [*(list(range(i, j)) for i, j in zip(cuts, cuts[1:-1])), *range(cuts[-2], n)]  # (4)
 
 def by_halves(n, i=0):
     k = n // 2
@@ -186,7 +186,7 @@ def in_slots(n, slots, i=0):
         i, n, slots = i + k, n - k, slots - 1
     return [*parts, i]
 
-STRATEGIES = {"none": lambda n, slots: segments(n, 1), "every": lambda n, slots: segments(n, n),
+STRATEGIES = {"none": lambda n, slots: segments(n, 1), "every": lambda n, slots: segments(n, n),  # (3)
               "sqrt": lambda n, slots: segments(n, math.isqrt(n - 1) + 1),
               "recursive": lambda n, slots: by_halves(n), "slots": in_slots}
 

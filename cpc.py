@@ -75,7 +75,8 @@ def info_nce(scores):
     """Scores (..., N, N), [i, j] of context i and candidate j, i itself the right one -> loss in nats (..., N)."""
     # The negatives of context i are the patches at the same place in the other N - 1 images of the batch, j != i. The
     # softmax runs over j, the last axis: over the candidates of one context, not over the contexts of one candidate.
-    return -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (1), (2)
+    log_p = scores.log_softmax(-1)  # (1)
+    return -log_p.diagonal(dim1=-2, dim2=-1)  # (2)
 
 def nce_bound(scores):
     """log N - L, a lower bound of I(x; c) in nats, by each context of scores (..., N, N) -> (..., N)."""
@@ -87,13 +88,13 @@ def nce_hits(scores):
 
 def log_f(z, c, W):
     """Scores of each context with each candidate: z (..., N, Z), c (..., N, C), W (C, Z) -> (..., N, N)."""
-    return TAU * F.normalize(c @ W, dim=-1) @ F.normalize(z, dim=-1).transpose(-1, -2)  # (4), best at (3)
+    return TAU * F.normalize(c @ W, dim=-1) @ F.normalize(z, dim=-1).transpose(-1, -2)  # (4)
 
 def losses(model, x, y=None):
     """What training lowers, of images (N, C, H, W), -1 .. 1, in nats: (2) for each k -> (3,). With labels y (N,), given
     only to the control that learns to classify, the cross-entropy of its head -> (1,)."""
     if y is None:
-        return torch.stack([info_nce(scores).mean() for scores in model(x)])  # (2)
+        return torch.stack([info_nce(scores).mean() for scores in model(x)])  # least where exp(score) is (3)
     return F.cross_entropy(model.head(model.features(x)), y)[None]
 
 def linear_probe(h, y, others, weight_decay=2e-4, iters=100):

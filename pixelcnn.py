@@ -82,7 +82,8 @@ def from_levels(x, levels):
 
 def log_prob(model, x):
     """log p(x) in nats, exact, of levels x (N, C, H, W) -> (N,). model: levels -> logits (N, K, C, H, W)."""
-    return -F.cross_entropy(model(x), x.long(), reduction="none").flatten(1).sum(1)  # (1) and (2)
+    log_p = -F.cross_entropy(model(x), x.long(), reduction="none")  # (2)
+    return log_p.flatten(1).sum(1)  # (1)
 
 def loss_nats(model, x):
     """What training lowers: the mean of -log p(x), nats an image."""

@@ -541,6 +541,9 @@ def test_repo_bad_data(module):
     wrong = [refused_data(module, files, say) for files, say in bad.values()]
     assert not any(wrong), "\n".join(f"{kind}: {w}" for kind, w in zip(bad, wrong) if w)
     with workdir() as here:
+        (here / "a.txt").write_text("a file, no folder")
+        wrong = [refused(module, [*command(module), "--data", data], "no such folder", here) for data in ("", "a.txt")]
+        assert not any(wrong), wrong
         exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0\1\x1a\0\1\0\0\0\1\x48\0\0\0\0\0\0\0"
         Image.fromarray(x[0]).save("a.png", exif=exif)  # to be turned, and its resolution is of a wrong type
         with contextlib.suppress(ValueError):
@@ -833,6 +836,8 @@ def test_repo_progress(module):
     lines = said(False)
     assert "\r" not in lines and lines.count("\n") == 5  # after 21, 42, 63, 84 and 90 seconds
     assert re.search(r" 31/100 .* 69 s left\n", lines), lines
+    with mock.patch.object(sys, "stdout", None):  # closed, as under pythonw
+        module.Progress("iteration", "images", 1)(1, 32)
 
 # ----------------------------------------------------------------------------------------------------------- ddpm -----
 SEEDS = 0, 1, 2
@@ -4467,6 +4472,14 @@ def piped(words, text):
     with mock.patch.object(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(text.encode()))):
         return call(bpe, words)
 
+def test_bpe_longest():
+    """The longest tokens printed are the longest in bytes, not as they are shown."""
+    with workdir() as here:
+        (here / "text").write_text("春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。" * 50, "utf-8")
+        _, out, _ = call(bpe, ["--text", "text", "--vocab", "285", "--out", "run"])
+        most = max((a + b for a, b in bpe.BPE.load("run").merges), key=len)
+        assert f"longest: {most.decode()!r} " in out, out
+
 def test_bpe_command():
     """Trains once, shows, encodes and decodes files and pipes; other settings and damage are refused."""
     words = ["--text", "words.txt", "--vocab", "270", "--out", "run"]
@@ -4773,6 +4786,7 @@ def test_word2vec_command():
             status, out, _ = call(word2vec, [*words, "--nearest", "ba", "--analogy", "ba", "be", "xa"])
         assert status == 0 and out.startswith("ba: ") and "\nba : be = xa : " in out, out
         assert not (differ := changed(files, snapshot(here))), differ
+        assert call(word2vec, [*words, "--nearest", "BA"])[1].startswith("ba: ")  # as the text was read
         for flags, say in (["--nearest", "cat"], "'cat'"), (["--dim", "8"], "dim 7, not 8.*--fresh"), (
                 ["--model", "cbow"], "model skipgram, not cbow"), (["--min-count", "9999"], "min-count"), (
                 ["--sample", "-1"], "sample"), (["--text", "nowhere"], "nowhere"), (["--analogy", "a"], "analogy"):
@@ -4971,6 +4985,7 @@ def test_rnn_lag():
             grads = torch.autograd.grad(loss, kept)
             total = total + torch.stack([g.norm() for g in grads]).flip(0)
         torch.testing.assert_close(got, total / total[0], rtol=1e-8, atol=1e-12)
+    assert rnn.lag_norms(rnn.CharRNN("a", width=4), torch.zeros(90, dtype=torch.long), 8, 4).isfinite().all()
     image = np.array(rnn.plot_lags({"one": torch.logspace(0, -6, 50), "two": torch.ones(50)}))
     red = np.argwhere((image == (0xC0, 0x39, 0x2B)).all(2))
     blue = np.argwhere((image == (0x24, 0x71, 0xA3)).all(2) & (np.arange(440) > 30)[:, None])
