@@ -52,7 +52,7 @@ python ddpm.py --data mnist --samples 2000      168 s of training and 441 s of s
 python ddpm.py --variance small                 the same model with the other sigma_t^2; seconds for 64 samples
 """
 import argparse, contextlib, copy, gzip, hashlib, http.client, inspect, io, itertools, math, os, sys, time
-import urllib.request, warnings, zipfile, zlib
+import urllib.request, warnings, zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,6 +224,15 @@ MNIST_SHA256 = {
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+DAMAGED = "not a checkpoint, damaged, or of another network; --fresh trains anew over it"
+
+@contextlib.contextmanager
+def or_say(sentence):
+    """Whatever goes wrong in here is a ValueError with this sentence: of errors, libraries have their own many."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{sentence} ({type(e).__name__})") from None
 
 def write(files):
     """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
@@ -274,32 +283,25 @@ def download_mnist(folder, urls=MNIST_URLS):
 def read_idx(path):
     """An IDX file of bytes (MNIST's format), gzipped or not -> uint8 array. ValueError if it is none, or cut short."""
     raw = path.read_bytes()
-    try:
+    with or_say(f"{path}: not an IDX file of bytes, or empty, or cut short"):
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (EOFError, OSError, zlib.error) as e:
-        raise ValueError(f"{path}: broken gzip file ({e})") from None
-    head = 4 + 4 * raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else 0
-    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, head, 4)]
-    if not 0 < len(shape) < 32 or not math.prod(shape) or len(raw) != head + math.prod(shape):
-        raise ValueError(f"{path}: not an IDX file of bytes, or empty, or cut short")
-    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
+        shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, 4 + 4 * raw[3], 4)]
+        if raw[:3] != b"\0\0\x08" or not math.prod(shape) or len(raw) != 4 + 4 * raw[3] + math.prod(shape):
+            raise ValueError
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 def read_picture(path, size, channels):
-    """The middle square of a picture, on white where it is transparent, scaled -> uint8 (channels, size, size).
-    ValueError if Pillow cannot read it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of what it reads all the same, or refuses besides
-            with Image.open(path) as picture:
-                picture = ImageOps.exif_transpose(picture)
+    """The middle square of a picture, on white where it is transparent, scaled -> uint8 (channels, size, size)."""
+    with or_say(f"{path}: not a picture that can be read"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of what it reads all the same, or refuses besides
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] == "I":  # 16 bits
             picture = picture.convert("I").point(lambda v: v * (1 / 257))
         if picture.has_transparency_data:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        picture = picture.convert("RGB" if channels == 3 else "L")
-        return np.array(ImageOps.fit(picture, (size, size))).reshape(size, size, channels).transpose(2, 0, 1)
-    except Exception as e:  # Pillow's own are many: OS, syntax, struct, type, bomb
-        raise ValueError(f"{path}: not a picture that can be read ({e})") from None
+        picture = ImageOps.fit(picture.convert("RGB" if channels == 3 else "L"), (size, size))
+        return np.array(picture).reshape(size, size, channels).transpose(2, 0, 1)
 
 def load_images(data, size=28, channels=1, test=False):
     """uint8 (N, channels, size, size) from "digits", "mnist", a folder of IDX files or one of pictures, of which every
@@ -358,19 +360,10 @@ def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",))
     table = "".join(",".join(row) + "\n" for row in rows).encode()
     write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
 
-@contextlib.contextmanager
-def reading(path):
-    """ValueError, in one sentence, for whatever goes wrong in here; torch's own errors are many."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{path}: not a checkpoint, damaged, or of another network ({type(e).__name__}); "
-                         "--fresh trains anew over it") from None
-
 def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
     raw = path.read_bytes()
-    with reading(path):
+    with or_say(f"{path}: {DAMAGED}"):
         if zipfile.ZipFile(io.BytesIO(raw)).testzip():
             raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
         state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
@@ -385,7 +378,7 @@ def load_checkpoint(path, methods, device, wanted=()):
 
 def resume(path, parts, state):
     """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
-    with reading(path):
+    with or_say(f"{path}: {DAMAGED}"):
         for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
@@ -530,7 +523,7 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
 def load(path, device="cpu"):
     """The averaged model of a checkpoint, ready to sample; model.shape is the (C, H, W) of its images."""
     state = load_checkpoint(Path(path), ["ddpm"], device)
-    with reading(path):
+    with or_say(f"{path}: {DAMAGED}"):
         model = UNet(*(state["settings"][name] for name in ("channels", "size", "width")))
         model.load_state_dict(state["parts"][1])
     return model.to(device, memory_format=layout(device)).requires_grad_(False).eval()

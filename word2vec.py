@@ -149,6 +149,16 @@ def sgd_step(v, u, blocks, k, rate, model, products=None):
 
 # ------------------------------------------------------------------------------------------------------- plumbing -----
 # Text, files, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
+DAMAGED = "not a checkpoint, damaged, or of another network; --fresh trains anew over it"
+
+@contextlib.contextmanager
+def or_say(sentence):
+    """Whatever goes wrong in here is a ValueError with this sentence: of errors, libraries have their own many."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{sentence} ({type(e).__name__})") from None
+
 def write(files):
     """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
     parts = {path: path.with_name(path.name + ".part") for path in files}
@@ -199,19 +209,10 @@ def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",))
     table = "".join(",".join(row) + "\n" for row in rows).encode()
     write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
 
-@contextlib.contextmanager
-def reading(path):
-    """ValueError, in one sentence, for whatever goes wrong in here; torch's own errors are many."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{path}: not a checkpoint, damaged, or of another network ({type(e).__name__}); "
-                         "--fresh trains anew over it") from None
-
 def load_checkpoint(path, methods, device, wanted=()):
     """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
     raw = path.read_bytes()
-    with reading(path):
+    with or_say(f"{path}: {DAMAGED}"):
         if zipfile.ZipFile(io.BytesIO(raw)).testzip():
             raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
         state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
@@ -226,7 +227,7 @@ def load_checkpoint(path, methods, device, wanted=()):
 
 def resume(path, parts, state):
     """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
-    with reading(path):
+    with or_say(f"{path}: {DAMAGED}"):
         for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
@@ -424,7 +425,7 @@ def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, n
 def load(path, device="cpu"):
     """The Vectors of a checkpoint."""
     state = load_checkpoint(Path(path), ["word2vec"], device)
-    with reading(path):
+    with or_say(f"{path}: {DAMAGED}"):
         vectors = Vectors(state["settings"]["words"], state["settings"]["dim"])
         vectors.load_state_dict(state["parts"][0])
     return vectors.to(device)
