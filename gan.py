@@ -446,9 +446,9 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
         for opt in (opt_g, opt_d):
             opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     net_g, net_d = (torch.compile(net) if compiled else net for net in (G, D))
-    if world > 1:  # batch norm and dropout see the share of one process; the gradient is the mean of all
-        parallel = nn.parallel.DistributedDataParallel
-        net_g, net_d, path = parallel(net_g), parallel(net_d), None if rank else path
+    if world > 1:  # batch norm and dropout see the share of one process, and so do the running statistics
+        net_g, net_d = (nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) for net in (net_g, net_d))
+        path = None if rank else path
     states = [net.state_dict().values() for net in (average, average_d, G, D)]
     pairs, images = [*zip(states[0], states[2]), *zip(states[1], states[3])], images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros(4, device=device), time.time()
