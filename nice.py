@@ -11,7 +11,7 @@ section 3.2.
 symbol         in the code    what it is
 k              images         an image's bytes, (N, C, H, W), 0 .. 255
 x              x              the image as real numbers, (N, D) or (N, C, H, W), 0 .. 1; D = C H W
-x_1, x_2       a, b           its numbers 0, 2, 4, ... and 1, 3, 5, ...: (N, D/2) each, x_1 has one more if D is odd
+x_1, x_2       halves(x)      its numbers 0, 2, 4, ... and 1, 3, 5, ...: (N, D/2) each, x_1 has one more if D is odd
 m              m              the network of a coupling, any function of one half that gives a change of the other
 y              y              what the couplings make of x, (N, D)
 s              model.s        logarithm of the scale of each number of y, (D,)
@@ -43,14 +43,12 @@ In-painting. Only the part x_O of x is known. The hidden part x_H climbs to wher
  (10) x_H <- x_H + alpha_i (d log p_X(x_O, x_H) / dx_H + eps),  eps ~ N(0, I),  alpha_i = 10 / (100 + i)           [5.2]
 
 Trip wires: f goes from image to noise; sampling is f^-1. log p_X is of a density on 0 .. 1, and can be above zero; on
-0 .. 256 it would be D ln 256 less. exp(s) multiplies on the way to h. Nothing is chosen by the test images: a
-random sixth of those to train on is held out, and the averaged weights are kept as they were when it was most likely.
+0 .. 256 it would be D ln 256 less. exp(s) multiplies on the way to h. Nothing is chosen by the test images.
 Differs from the paper in: a smaller network, and 13 passes over the images, not 1500; colour is not whitened; m answers
 in units of the spread of what it changes, which m could learn; s starts where h spreads as (6) does, and has ten times
-the rate, for Adam moves a number by hardly more than the sum of its rates; the rates fall to zero; weights of m
-decay (AdamW), which overfits less, and all are averaged. In (10) x_H starts as noise, and slopes are cut to -1 .. 1:
-they come near exp(s_i), above a thousand for pixels that are always black, and these would leap from 0 to 1 and back
-with each step (limit=math.inf is the paper's).
+the rate; the rates fall to zero; weights of m decay (AdamW), which overfits less, and all are averaged. In (10) x_H
+starts as noise, and slopes are cut to -1 .. 1: they come near exp(s_i), above a thousand for pixels that are always
+black, and these would leap from 0 to 1 and back with each step (limit=math.inf is the paper's).
 
 python nice.py --data mnist --samples 2000                 107 s on two cores; 2077.64 nats = 4.1768 bits/dim
 python nice.py --layers 5 --width 1000 --out out/paper     the paper's network
@@ -80,24 +78,18 @@ def interleave(a, b):
     return torch.stack([a, F.pad(b, (0, a.shape[1] - b.shape[1]))], 2).flatten(1)[:, : a.shape[1] + b.shape[1]]
 
 def couple_all(x, ms):
-    """x (N, D) -> y (N, D): one coupling for each network of ms; the first changes b, the second a, and so on."""
-    a, b = halves(x)
+    """x (N, D) -> y (N, D): a coupling for each network of ms; x_2 and x_1 are changed by turns, x_2 first."""
+    parts = list(halves(x))
     for i, m in enumerate(ms):
-        if i % 2 == 0:
-            b = b + m(a)  # (3)
-        else:
-            a = a + m(b)  # (3)
-    return interleave(a, b)
+        parts[1 - i % 2] = parts[1 - i % 2] + m(parts[i % 2])  # (3)
+    return interleave(*parts)
 
 def uncouple_all(y, ms):
     """y (N, D) -> x (N, D): the couplings undone, the last one first."""
-    a, b = halves(y)
+    parts = list(halves(y))
     for i, m in reversed(list(enumerate(ms))):
-        if i % 2 == 0:
-            b = b - m(a)  # (4)
-        else:
-            a = a - m(b)  # (4)
-    return interleave(a, b)
+        parts[1 - i % 2] = parts[1 - i % 2] - m(parts[i % 2])  # (4)
+    return interleave(*parts)
 
 def log_logistic(h):
     """log density of independent standard logistic numbers, (N, D) -> nats, (N,); finite for all finite h."""
@@ -449,7 +441,7 @@ def measure(model, images, seed=0, chunk=1000):
 def train(images, iters=10000, batch=64, lr=3e-3, width=256, layers=3, couplings=4, device="cpu", seed=0, path=None,
           fresh=False, compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged model, as it was when the part that hold_out() keeps from
-    training was the most likely. Seeds torch's global generator. s learns at ten times lr.
+    training was the most likely. Seeds torch's global generator.
 
     path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
     FloatingPointError if the loss is not finite (what was saved last stays). log.csv has the mean log p_X in nats of
@@ -474,7 +466,7 @@ def train(images, iters=10000, batch=64, lr=3e-3, width=256, layers=3, couplings
         done, log = resume(path, parts, load_checkpoint(path, ["nice"], device, wanted))
         for group in opt.param_groups:
             group["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
-    net, valid_nats = torch.compile(model) if compiled else model, log[-1][2] if log else -math.inf
+    net = torch.compile(model) if compiled else model
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
         for group, factor in zip(opt.param_groups, (1, 10)):  # Adam moves s by hardly more than the sum of its rates
@@ -489,15 +481,14 @@ def train(images, iters=10000, batch=64, lr=3e-3, width=256, layers=3, couplings
             a.lerp_(p.detach(), 1 - memory)
         total -= loss.detach()
         if (i + 1) % 100 == 0 or i + 1 == iters:
-            train_nats = total.item() / (i % 100 + 1)  # the device is waited for only in this block
+            due = len(log) % (iters // 2000 or 1) == 0 or i + 1 == iters  # some twenty times
+            valid_nats = measure(average, valid).mean().item() if due else log[-1][2]
+            if all(valid_nats > row[2] for row in log):
+                best.load_state_dict(average.state_dict())
+            log.append((i + 1, total.item() / (i % 100 + 1), valid_nats))  # the device is waited for only in this block
             total.zero_()
-            if len(log) % (iters // 2000 or 1) == 0 or i + 1 == iters:  # some twenty times
-                valid_nats = measure(average, valid).mean().item()
-                if all(valid_nats > row[2] for row in log):
-                    best.load_state_dict(average.state_dict())
-            log.append((i + 1, train_nats, valid_nats))
-            if not math.isfinite(train_nats + valid_nats):
-                raise FloatingPointError(f"the log-likelihood is {train_nats} in training, {valid_nats} held out, at "
+            if not math.isfinite(log[-1][1] + valid_nats):
+                raise FloatingPointError(f"the log-likelihood is {log[-1][1]} in training, {valid_nats} held out, at "
                                          f"iteration {i + 1}; try a smaller --lr")
             if path and (i + 1 == iters or time.time() - saved > 10):
                 save_checkpoint(path, "nice", wanted, parts, i + 1, log, ("train_nats", "valid_nats"))
@@ -516,12 +507,10 @@ def load(path, device="cpu"):
 @torch.inference_mode()
 def sample(model, n, seed=0, chunk=1000):
     """n images, (n, C, H, W) in -1 .. 1 on the model's device, each number one of the 256 that bytes have."""
-    device, images = model.s.device, []
-    generator = torch.Generator(device).manual_seed(seed)
-    for i in range(0, n, chunk):
-        u = torch.rand(min(chunk, n - i), len(model.s), generator=generator, device=device)
-        images.append(to_float(quantise(model.inverse(logistic(u)))).unflatten(1, model.shape))  # (7)
-    return torch.cat(images)
+    generator = torch.Generator(model.s.device).manual_seed(seed)
+    u = torch.rand(n, len(model.s), generator=generator, device=generator.device)
+    x = torch.cat([model.inverse(logistic(part)) for part in u.split(chunk)])  # (7)
+    return to_float(quantise(x)).unflatten(1, model.shape)
 
 def hide(size, generator=None):
     """The paper's ten ways to hide pixels, bool (10, 1, size, size), True where they stay known. Hidden are: the upper
