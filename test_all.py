@@ -2883,7 +2883,7 @@ def flow_of(channels=1, size=8, seed=0, **sizes):
     """A Real NVP in float64 whose weights are nowhere zero, and whose first step normalises odd data."""
     model = woken(realnvp.RealNVP(channels, size, **{"width": 8, "couplings": 2, **sizes}), seed).double()
     deviation = (0.5 * normal(channels, size, size, seed=seed + 1)).exp()
-    model.start(normal(50, channels, size, size, seed=seed) * deviation - 1)
+    model.norm.start(normal(50, channels, size, size, seed=seed) * deviation - 1)
     return model.requires_grad_(False)
 
 def bent(c, seed=0):
@@ -3137,13 +3137,13 @@ def test_realnvp_start():
     for seed in SEEDS:
         h = normal(200, 2, 4, 4, seed=seed) * normal(2, 4, 4, seed=seed + 5).exp() + 9 * normal(2, 4, 4, seed=seed + 6)
         model = realnvp.RealNVP(2, 4, 8).double()
-        model.start(h)
+        model.norm.start(h)
         y, log_det = model.norm(h)
         for v in y, model(h)[0]:
             near(v.mean(0), 0, 1e-9)
             near(v.var(0, correction=0), 1, 1e-9)
         near(log_det, -h.std(0, correction=0).log().sum(), 1e-9)
-    model.start(torch.zeros(3, 2, 4, 4))
+    model.norm.start(torch.zeros(3, 2, 4, 4))
     assert all(v.isfinite().all() for v in model(torch.zeros(3, 2, 4, 4, dtype=torch.float64)))
 
 class Recorder:
