@@ -44,15 +44,13 @@ A byte becomes a level. Two levels are drawn, in training anew at each use, for 
   (8) bits/dim = -log p(x) / (D ln 2)
 Sampling asks for one number after another. The level is the first whose cumulative probability is above u_i:
   (9) x_i = number of the k < K - 1 with p(0) + ... + p(k) <= u_i
-That takes D passes of the network, although a new number needs no more than one column of the horizontal stack, and a
-new row one row of the vertical one. Computing only these, D columns and H rows, costs as much as a single pass (with
-C colours, its horizontal part C times).
+That takes D passes. But a new number needs no more than one column of the horizontal stack, and a new row one row of
+the vertical one: D columns and H rows cost as much as a single pass (with C colours, its horizontal part C times).
 
 Trip wires: mask A is for the first layer only. 1x1 convolutions need (4), too. Nats are per image, bits per number.
 Binarised MNIST drawn anew (dynamic) and drawn once (static) are two data sets, whose figures cannot be compared.
 Differs from the papers in: the vertical stack ends before the horizontal one begins, and tells it once; residual blocks
-with ReLU in both, no gates; a learned table of places; Adam, a rate that falls to zero, averaged weights; two levels
-are drawn anew.
+with ReLU in both, no gates; a learned table of places; Adam, a falling rate, averaged weights; two levels drawn anew.
 
 python pixelcnn.py --data mnist            146 s to train on two cores; 85.19 nats = 0.1568 bits/dim, test images
 python pixelcnn.py --data mnist --plain    draws again without the cache: 281 times as long on one core, same pixels
@@ -153,9 +151,8 @@ class Above(nn.Conv2d):
         super().__init__(c_in, c_out, (r, k), padding=(0, k // 2))
 
     def forward(self, h, past=None):
-        rows = self.kernel_size[0] - 1
         if past is None:
-            h = F.pad(h, (0, 0, rows, 0))
+            h = F.pad(h, (0, 0, self.kernel_size[0] - 1, 0))
         else:
             h = torch.cat([past[self], h], 2)
             past[self] = h[:, :, 1:]
@@ -532,7 +529,6 @@ def train(images, iters=3000, batch=16, lr=1e-2, levels=2, width=32, layers=5, d
     if world > 1:
         net, path = nn.parallel.DistributedDataParallel(net), None if rank else path
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
-    valid = log[-1][2] if log else math.inf
     for i in range(done, iters):
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)
         x = to_levels(images[torch.randint(len(images), (batch,), device=device)], levels)
@@ -546,8 +542,8 @@ def train(images, iters=3000, batch=16, lr=1e-2, levels=2, width=32, layers=5, d
             a.lerp_(p.detach(), 1 - memory)
         total += loss.detach()
         if (i + 1) % 100 == 0 or i + 1 == iters:
-            if len(log) % (iters // 1000 or 1) == 0 or i + 1 == iters:  # some ten times
-                valid = image_nats(average, held_out[:500], device).mean().item()
+            due = len(log) % (iters // 1000 or 1) == 0 or i + 1 == iters  # some ten times
+            valid = image_nats(average, held_out[:500], device).mean().item() if due else log[-1][2]
             log.append((i + 1, total.item() / (i % 100 + 1), valid))  # here only is the device waited for
             total.zero_()
             if not math.isfinite(log[-1][1] + valid):
@@ -620,17 +616,16 @@ def main(argv=None):
 
         shown = to_levels(test[torch.arange(8) % len(test)], args.levels, torch.Generator().manual_seed(0)).to(device)
         u = torch.rand(48, *model.shape, generator=torch.Generator(device).manual_seed(args.seed), device=device)
-        ways = sample_cached(model, u, shown.repeat_interleave(6, 0), args.size // 2)  # six of each
-        given = from_levels(shown, args.levels)[:, None].repeat(1, 2, 1, 1, 1)  # (8, 2, C, H, W)
-        given[:, 1, :, args.size // 2 :] = 0
-        rows = torch.cat([given, from_levels(ways, args.levels).unflatten(0, (8, 6))], 1)
+        ways = sample_cached(model, u, shown.repeat_interleave(6, 0), args.size // 2).unflatten(0, (8, 6))
+        rows = from_levels(torch.stack([shown, shown, *ways.unbind(1)], 1), args.levels)  # (8, 8, C, H, W)
+        rows[:, 1, :, args.size // 2 :] = 0
         save_grid(args.out / "completions.png", rows.flatten(0, 1))
         i, j = 3 * args.size // 4, args.size // 2
         save_grid(args.out / "receptive.png", heat_map(reach(model, shown, i, j), i, j), 1)
 
         for name, part in ("held-out", hold_out(images)[1]), ("test", test):
             nats = image_nats(model, part, device).cpu().double()  # no float64 on mps
-            mean, error = nats.mean().item(), nats.std(correction=0).item() / len(nats) ** 0.5
+            mean, error = nats.mean(), nats.std(correction=0) / len(nats) ** 0.5
             print(f"{len(nats)} {name} images: -log p(x) {mean:.2f} +- {error:.2f} nats an image = "
                   f"{to_bits(mean, math.prod(model.shape)):.4f} bits/dim")
         if args.plain:
