@@ -24,9 +24,8 @@ For the gradients of a loss L(x_n) the chain rule takes the layers in the opposi
   (1) dL/dx_i = dL/dx_{i+1} df_i/dx_i, dL/dp_i = dL/dx_{i+1} df_i/dp_i, all at x_i; p_i: the parameters of f_i
 so every x_i is kept from the forward to the backward pass, and with it what f_i has computed inside: n a bytes. But
   (2) x_j = f_{j-1}(.. f_i(x_i)) can be computed again from any x_i, i < j, in j - i runs of a layer
-Nothing else is asked of f. Each layer is run once with a tape (so that autograd keeps a_i), right before its backward
-pass. Every schedule has these n runs, and Griewank does not count them; t counts the runs without a tape. Equal layers,
-a = a_i, w = w_i, have this peak in bytes and this n + t:
+Each layer is run once with a tape, so that autograd keeps a_i. Every schedule has these n runs, and Griewank does not
+count them; t counts the runs without a tape. Equal layers, a = a_i, w = w_i, have this peak in bytes and this n + t:
   (3) none: n a, n;   every layer alone, but for the last: (n - 1) w + a, 2 n - 1
   (4) m segments, the last of them kept: (m - 1) w + ceil(n/m) a, 2 n - ceil(n/m); with a = w about (n/k + k) w for
       segments of k = n/m layers, least at k = sqrt n: 2 sqrt(n) w for at most one more run of each layer [Chen]
@@ -46,8 +45,7 @@ Unequal layers i .. j - 1 in M bytes, x_i among them: layer i is kept, or else t
 Trip wires: one of the slots holds x_0. f must do the same when run again: what it draws from torch's own generators it
 draws again, and batch-norm moves its statistics once, but a generator of its own, or a counter, goes on. Tensors with a
 gradient that f does not get as arguments must be leaves (parameters). Second derivatives and torch.autograd.grad() are
-refused: gradients are left in .grad, as backward() leaves them. Bytes stored are what autograd saves for the backward
-pass, without parameters.
+refused: gradients are left in .grad, as by backward(). Bytes stored are what autograd keeps, without parameters.
 Differs from the papers in: no cost is put on the backward pass, which all schedules share; (8) in steps of 1/500 of the
 budget and for at most 100 blocks of layers.
 
@@ -311,13 +309,12 @@ def count(way, layers, x):
 def clock(jobs, device, rounds=7):
     """Seconds that each of the functions takes, the median of so many rounds, in which they take turns."""
     wait, seconds = getattr(torch, device.type).synchronize, [[] for _ in jobs]
-    for _, (job, taken) in itertools.product(range(rounds + 1), list(zip(jobs, seconds))):
-        wait()
+    for _, (job, taken) in itertools.product(range(rounds + 1), zip(jobs, seconds)):
         start = time.perf_counter()
         job()
         wait()
         taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[1:]) for taken in seconds]  # the first round warms up
+    return [statistics.median(taken[1:]) for taken in seconds]  # the first round warms up, and ends what was under way
 
 def profile(layers, x):
     """-> Chain, measured layer by layer. x (N, width); the layers are run, so their statistics move."""
@@ -659,11 +656,11 @@ def load(path, device="cpu"):
     return model.to(device).requires_grad_(False).eval()
 
 def plot(panels):
-    """[(title, {name: [(x, y)]} lines, the same for dots, with all names)] -> a Pillow image, scales logarithmic."""
+    """[(title, {name: ([(x, y)] of a line, [(x, y)] of dots)})] -> a Pillow image, scales logarithmic."""
     image, font = Image.new("RGB", (760, 420 * len(panels)), "white"), ImageFont.load_default(15)
     draw, colours = ImageDraw.Draw(image), ["black", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b", "#8e44ad"]
-    for top, (title, lines, dots) in zip(range(40, image.height, 420), panels):
-        points = np.log10([point for group in (*lines.values(), *dots.values()) for point in group])
+    for top, (title, curves) in zip(range(40, image.height, 420), panels):
+        points = np.log10([point for line, dots in curves.values() for point in line + dots])
         low = points.min(0)
         scale = [510, -330] / (points.max(0) - low).clip(0.1)
         spot = lambda x, y, low=low, scale=scale, top=top: tuple((np.log10([x, y]) - low) * scale + [70, top + 330])
@@ -675,10 +672,10 @@ def plot(panels):
             if top - 1 < y < top + 331:
                 draw.line((70, y, 580, y), "#dddddd")
                 draw.text((62, y), f"{value:g}", "black", font, "rm")
-        for i, (name, colour) in enumerate(zip(dots, colours)):
+        for i, (colour, (name, (line, dots))) in enumerate(zip(colours, curves.items())):
             draw.text((600, top + 24 * i), name, colour, font)
-            draw.line([spot(*point) for point in lines.get(name, [])], colour, 2)
-            for x, y in (spot(*point) for point in dots[name]):
+            draw.line([spot(*point) for point in line], colour, 2)
+            for x, y in (spot(*point) for point in dots):
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
     return image
 
@@ -697,28 +694,28 @@ def compare(width, depth, batch, slots, budget, device, out):
         return peak / 1e6, dots["none"][1] + forth - sum(chain.u)  # (9)
 
     depths = sorted({round(depth ** (i / 30)) for i in range(31)})
-    lines = {name: [(n, at(make(n, slots))[0]) for n in depths] for name, make in STRATEGIES.items()}
-    found = {name: [(n, count(make(n, slots), layers[:n], x)[0] / 1e6) for n in depths[::-6]]
-             for name, make in STRATEGIES.items()}
+    stored = {name: ([(n, at(make(n, slots))[0]) for n in depths],
+                     [(n, count(make(n, slots), layers[:n], x)[0] / 1e6) for n in depths[::-6]])
+              for name, make in STRATEGIES.items()}
     frontier = {"sqrt": [at(segments(depth, m)) for m in depths], "budget": [],
                 "slots": [at(in_slots(depth, s)) for s in range(1, 33) if math.comb(s + 60, s) >= depth]}
     for share in 1, 2, 4, 8, 16, 32, 64:
         with contextlib.suppress(ValueError):  # less than the layers need
             frontier["budget"].append(at(in_budget(chain, sum(chain.a) / share)))
     file = io.BytesIO()
-    plot([("MB stored against layers: equations (lines), counted (dots)", lines, found),
+    plot([("MB stored against layers: equations (lines), counted (dots)", stored),
           ("seconds a step against MB: the equations for all segments, slots and budgets (lines), measured (dots)",
-           frontier, {name: [dot] for name, dot in dots.items()})]).save(file, "PNG")
+           {name: (frontier.get(name, []), [dot]) for name, dot in dots.items()})]).save(file, "PNG")
     write({out / "compare.png": file.getvalue()})
 
-    n, width = min(depth, 100), max(2, width)
-    layers = [ResidualLayer(x.shape[1], depth, width * 2 ** (i % 4) // 2).to(device) for i in range(n)]
+    n, hidden = min(depth, 100), [max(1, width // 2), width, 2 * width, 4 * width]
+    layers = [ResidualLayer(width, depth, hidden[i % 4]).to(device) for i in range(n)]
     chain = profile(layers, x)
     ways, most = {"none": segments(n, 1)}, sum(chain.a) / 4
     fit = [parts for parts in (segments(n, m) for m in range(1, n + 1)) if predict(parts, chain)[0] <= most]
     with contextlib.suppress(ValueError):  # less than the layers need
         ways |= {"budget": in_budget(chain, most), "segments that fit": min(fit, key=lambda s: predict(s, chain)[1])}
-    print(f"{n} unequal layers, {width // 2}, {width}, {2 * width}, {4 * width} hidden units, {most / 1e6:.3f} MB")
+    print(f"{n} unequal layers, {', '.join(map(str, hidden))} hidden units, {most / 1e6:.3f} MB")
     table(ways, layers, x)
     print(f"compare.png is in {out}")
 

@@ -5879,8 +5879,8 @@ def test_checkpointing_command():
 
 def test_checkpointing_picture():
     """On logarithmic scales a power law is a straight line, and the dots lie on their line where they agree with it."""
-    line = {"one": [(n, n**2) for n in range(1, 101)], "two": [(1, 10), (100, 10)]}
-    image = ckpt.plot([("x", {}, {"one": [(1, 1)]}), ("y", line, {"one": [(10, 100)], "two": []})])
+    curves = {"one": ([(n, n**2) for n in range(1, 101)], [(10, 100)]), "two": ([(1, 10), (100, 10)], [])}
+    image = ckpt.plot([("x", {"one": ([], [(1, 1)])}), ("y", curves)])
     pixels = np.array(image).astype(int)[420:]
     black = (pixels == 0).all(2)
     assert black[205 - 3 : 205 + 4, 325 - 3 : 325 + 4].mean() > 0.8  # the middle of 70 .. 580 and 40 .. 370
