@@ -48,9 +48,8 @@ How good they are is measured by a linear probe, logistic regression on (7), whi
 
 Trip wires: a softmax along the other axis, over contexts, asks which c belongs to x: its log N - L bounds the same I,
 but is not (2). Negatives must come from p(x) whatever c is: patches of c's own image do not, so each image gives one
-candidate. Log N - L cannot exceed log N, however much x and c share. (5) holds for each place r, j by itself; what is
-printed is the mean over places. The accuracy of a probe means little without its controls: features of the same
-network, untrained, are already better than pixels.
+candidate. (5) holds for each place r, j by itself; what is printed is the mean over places. The accuracy of a probe
+means little without its controls: features of the same network, untrained, are already better than pixels.
 Differs from the paper in: whole small images, not parts of large ones; an MLP, not a ResNet; a GRU, not a masked
 convolution; cosines; all negatives from other images; Adam's rate rises for 200 steps and then falls to zero; results
 come from an average of the weights.
@@ -117,9 +116,7 @@ def linear_probe(h, y, others, weight_decay=2e-4, iters=100):
 # -------------------------------------------------------------------------------------------------------- network -----
 # Any g from patches to z would do above, and any way from the rows above to c: the paper's is a masked convolution.
 class CPC(nn.Module):
-    """Images (N, channels, size, size), -1 .. 1. classes > 0 adds a head on the features, to be trained with labels.
-
-    ValueError if size is less than 7."""
+    """Images (N, channels, size, size), -1 .. 1; ValueError if size < 7. classes > 0 adds a head for labels."""
 
     def __init__(self, channels=1, size=28, width=256, classes=0):
         super().__init__()
@@ -398,19 +395,17 @@ def load_labels(data, n, test=False):
     if data == "digits":
         return torch.arange(n) % 10
     if list(folder.glob("*-images*ubyte*")):
-        path = next((p for p in sorted(folder.glob("*-labels*ubyte*")) if p.name.startswith(part)), None)
+        path = min(folder.glob(f"{part}*-labels*ubyte*"), default=None)
         labels = torch.from_numpy(read_idx(path).astype(np.int64)) if path else None
         if path and labels.shape != (n,):
             raise ValueError(f"{path}: want {n} labels, one for each image, got {tuple(labels.shape)}")
         return labels
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    names = [p.relative_to(folder).parts[0] for p in paths]
-    kinds = sorted(set(names))
+    kinds, classes = np.unique([p.relative_to(folder).parts[0] for p in paths], return_inverse=True)
     if any(p.parent == folder for p in paths) or len(kinds) < 2:
         return None
     every = min(10, len(paths))
-    kept = [kinds.index(name) for i, name in enumerate(names) if (i % every == every - 1) == test]
-    return torch.tensor(kept or [kinds.index(name) for name in names])
+    return torch.from_numpy(classes[(np.arange(len(paths)) % every == every - 1) == test])
 
 def train(images, iters=6500, batch=64, lr=2e-3, width=256, labels=None, device="cpu", seed=0, path=None, fresh=False,
           compiled=False):
@@ -480,19 +475,18 @@ def evaluate_nce(model, x, n=500):
     over the images, share of right choices, all of them means over the places r, j; and n, which is at most M."""
     n, rows = min(n, len(x)), []
     for part in x[: len(x) // n * n].split(n):
-        rows.append(torch.stack([torch.stack([info_nce(s).mean((0, 1)), nce_hits(s).mean((0, 1))])
-                                 for s in model(to_float(part))]))  # (k, 2, n)
-    rows = torch.cat(rows, 2)
-    return torch.stack([rows[:, 0].mean(1), rows[:, 0].std(1, correction=0) / rows.shape[2] ** 0.5,
-                        rows[:, 1].mean(1)], 1).cpu(), n
+        scores = model(to_float(part))
+        rows.append(torch.stack([torch.stack([f(s).mean((0, 1)) for s in scores]) for f in (info_nce, nce_hits)]))
+    loss, hits = torch.cat(rows, 2)  # (k, images) each
+    return torch.stack([loss.mean(1), loss.std(1, correction=0) / loss.shape[1] ** 0.5, hits.mean(1)], 1).cpu(), n
 
-def learning_curve(h, others, y, wanted, draws=5):
+def learning_curve(h, others, y, wanted):
     """The share of others (m, D) that probes on h (n, D) class right, by number of labels -> {number: accuracy}.
 
-    Of fewer labels than there are, the mean over some draws, the same ones for all features."""
+    Of fewer labels than there are, the mean over five draws, the same ones for all features."""
     curve, generator = {}, torch.Generator().manual_seed(0)
     for n in [n for n in (10, 100, 1000) if n < len(h)] + [len(h)]:
-        picks = [torch.randperm(len(h), generator=generator)[:n] for _ in range(draws if n < len(h) else 1)]
+        picks = [torch.randperm(len(h), generator=generator)[:n] for _ in range(5 if n < len(h) else 1)]
         right = [(linear_probe(h[i], y[i], others) == wanted).float().mean().item() for i in picks]
         curve[n] = sum(right) / len(right)
     return curve
