@@ -11,7 +11,7 @@ section 3.2.
 symbol         in the code    what it is
 k              images         an image's bytes, (N, C, H, W), 0 .. 255
 x              x              the image as real numbers, (N, D) or (N, C, H, W), 0 .. 1; D = C H W
-x_1, x_2       halves(x)      its numbers 0, 2, 4, ... and 1, 3, 5, ...: (N, D/2) each, x_1 has one more if D is odd
+x_1, x_2       a, b           its numbers 0, 2, 4, ... and 1, 3, 5, ...: (N, D/2) each, x_1 has one more if D is odd
 m              m              the network of a coupling, any function of one half that gives a change of the other
 y              y              what the couplings make of x, (N, D)
 s              model.s        logarithm of the scale of each number of y, (D,)
@@ -78,18 +78,24 @@ def interleave(a, b):
     return torch.stack([a, F.pad(b, (0, a.shape[1] - b.shape[1]))], 2).flatten(1)[:, : a.shape[1] + b.shape[1]]
 
 def couple_all(x, ms):
-    """x (N, D) -> y (N, D): a coupling for each network of ms; x_2 and x_1 are changed by turns, x_2 first."""
-    parts = list(halves(x))
+    """x (N, D) -> y (N, D): one coupling for each network of ms; the first changes b, the second a, and so on."""
+    a, b = halves(x)
     for i, m in enumerate(ms):
-        parts[1 - i % 2] = parts[1 - i % 2] + m(parts[i % 2])  # (3)
-    return interleave(*parts)
+        if i % 2 == 0:
+            b = b + m(a)  # (3)
+        else:
+            a = a + m(b)  # (3)
+    return interleave(a, b)
 
 def uncouple_all(y, ms):
     """y (N, D) -> x (N, D): the couplings undone, the last one first."""
-    parts = list(halves(y))
+    a, b = halves(y)
     for i, m in reversed(list(enumerate(ms))):
-        parts[1 - i % 2] = parts[1 - i % 2] - m(parts[i % 2])  # (4)
-    return interleave(*parts)
+        if i % 2 == 0:
+            b = b - m(a)  # (4)
+        else:
+            a = a - m(b)  # (4)
+    return interleave(a, b)
 
 def log_logistic(h):
     """log density of independent standard logistic numbers, (N, D) -> nats, (N,); finite for all finite h."""
