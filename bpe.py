@@ -48,8 +48,8 @@ Differs from the paper in: bytes for characters, the splitting (1), and no mark 
 python bpe.py --vocab 4096                        three seconds on 1.78 MB; 3.54 bytes per token
 python bpe.py --vocab 4096 --encode README.md     ids of a file, by the same tokens; --decode - reads ids from a pipe
 """
-import argparse, ast, base64, binascii, collections, contextlib, functools, hashlib, heapq, io, itertools
-import json, os, platform, re, sys, sysconfig, unicodedata, warnings
+import argparse, ast, base64, collections, contextlib, functools, hashlib, heapq, io, itertools, json, os, platform, re
+import sys, sysconfig, unicodedata, warnings
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -58,38 +58,32 @@ from PIL import Image, ImageDraw, ImageFont
 SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space, inside of brackets
 ASCII = re.compile(rb"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\t-\r ]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+")
 CLOSING = b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
-BLANK = bytes(32 if chr(b) in "\t\n\v\f\r " else b for b in range(256))  # for bytes.translate
+BLANK = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)
 BLANKS = re.compile(b"   *(?= )")  # where (2) may set something aside, in a text of which all spaces are blanks
 RARE = frozenset(c for c in map(chr, range(0x80, 0x3001)) if re.match(f"[{SPACES}]", c))
 RUN = re.compile(b"(?:S){2,}(?=S)".replace(b"S", b"[\t-\r ]|" + b"|".join(map(str.encode, sorted(RARE)))))
-BYTES = [b for b in range(256) if 33 <= b < 127 or 161 <= b < 256 and b != 173]  # those that GPT-2 shows as they are
-CHARS = [chr(b) for b in BYTES] + [chr(256 + k) for k in range(256 - len(BYTES))]  # and its letters for all the ids
-BYTES += sorted(set(range(256)) - set(BYTES))
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]  # in GPT-2's order
+CHARS = [*map(chr, BYTES[:188]), *map(chr, range(256, 324))]  # and how it shows them, the first 188 as they are
 IDS = bytes(map(BYTES.index, range(256)))  # for bytes.translate: byte -> id
-LOW = (1 << 32) - 1
 
 @functools.cache
 def any_text():
     """The pattern (1) for text of any kind. Python's \\w is letters, digits, "_" and numbers that \\d does not have."""
-    numbers = [ord(c) for c in filter(str.isnumeric, map(chr, range(sys.maxunicode + 1)))
-               if unicodedata.category(c) in ("Nl", "No")]
-    ranges = [list(group) for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    numbers = "".join(f"{chr(r[0][1])}-{chr(r[-1][1])}" for r in ranges)
+    categories = map(unicodedata.category, map(chr, range(sys.maxunicode + 1)))
+    ranges = re.finditer("x+", "".join("x" if category in ("Nl", "No") else " " for category in categories))
+    numbers = "".join(f"{chr(run.start())}-{chr(run.end() - 1)}" for run in ranges)
     letter, number, other = f"[^\\W\\d_{numbers}]", f"[\\d{numbers}]", f"(?:[^\\w{SPACES}]+|_+)"
     return re.compile(f"'(?:[sdmt]|ll|ve|re)| ?{letter}+| ?{number}+| ?{other}+|"
                       f"[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
 
 def pre_tokens(raw):
     """The list of the pre-tokens of a text; texts are bytes of UTF-8 here. Joined they are the text."""
-    stem = raw.rstrip(CLOSING)
-    if stem.removeprefix(b" ").isalpha():  # a word and what closes it, as most are: no pattern is needed
-        return [stem, raw[len(stem):]] if len(stem) < len(raw) else [raw]  # (1)
     if raw.isascii():
         return ASCII.findall(raw)  # (1)
     return [word.encode() for word in any_text().findall(raw.decode())]  # (1)
 
 def cut_text(raw):
-    """Yields (head, pieces): the text is all of them joined. A head stands for itself, a piece has lost one space
+    """Yields lists [head, *pieces], which joined are the text. A head stands for itself, a piece has lost one space
     before it, unless it begins with a newline; every one begins and ends where a pre-token does."""
     done, raw = 0, raw + b" "  # the end counts as one space more
     blank = raw.translate(BLANK)
@@ -97,12 +91,10 @@ def cut_text(raw):
         blank = blank.replace(c.encode(), b" " * len(c.encode()))
     for start in (m.start() for m in BLANKS.finditer(blank)):
         if run := RUN.match(raw, start):
-            pieces = raw[done:start].replace(b"\n", b" \n").split(b" ")  # (2)
-            yield pieces.pop(0), pieces
-            yield run[0], []  # (2)
+            yield raw[done:start].replace(b"\n", b" \n").split(b" ")  # (2)
+            yield [run[0]]  # (2)
             done = run.end()
-    pieces = raw[done:-1].replace(b"\n", b" \n").split(b" ")
-    yield pieces.pop(0), pieces
+    yield raw[done:-1].replace(b"\n", b" \n").split(b" ")  # (2)
 
 def whole(piece):
     """The text of a piece."""
@@ -111,7 +103,7 @@ def whole(piece):
 def count_words(text):
     """{pre-token in UTF-8: how often it stands in the text}."""
     heads, pieces, words = collections.Counter(), collections.Counter(), collections.Counter()
-    for head, rest in cut_text(utf8(text)):
+    for head, *rest in cut_text(utf8(text)):
         heads[head] += 1
         pieces.update(rest)
     for part, n in itertools.chain(heads.items(), ((whole(piece), n) for piece, n in pieces.items())):
@@ -129,12 +121,11 @@ def learn_merges(words, n):
         ids += (*word, -1)
         times += [n_w] * (len(word) + 1)
     ends += ids[:-1]
-    count, where, merges, n_at = {}, collections.defaultdict(list), [], times.__getitem__
+    where, merges, n_at = collections.defaultdict(list), [], times.__getitem__
     for i, (a, b) in enumerate(zip(ids, ids[1:])):
         if a >= 0 <= b:
             where[a << 32 | b].append(i)
-    for pair, places in where.items():
-        count[pair] = sum(map(n_at, places))  # (3)
+    count = {pair: sum(map(n_at, places)) for pair, places in where.items()}  # (3)
     heap = [(-c, pair) for pair, c in count.items()]
     heapq.heapify(heap)
     while heap and len(merges) < n:
@@ -142,7 +133,7 @@ def learn_merges(words, n):
         if (now := count[pair]) != -minus:
             heapq.heapreplace(heap, (-now, pair)) if now else heapq.heappop(heap)
             continue
-        a, b, c = pair >> 32, pair & LOW, len(length)
+        (a, b), c = divmod(pair, 1 << 32), len(length)
         merges.append((a, b))  # (4)
         length.append(length[a] + length[b])
         to_b, to_y, before, after = length[a], length[c], collections.defaultdict(list), collections.defaultdict(list)
@@ -152,16 +143,12 @@ def learn_merges(words, n):
                 ids[i + to_b] = -2
                 before[x := ends[i]].append(i - length[x])
                 after[ids[i + to_y]].append(i)
-        for y, places in after.items():
-            if y >= 0:
-                count[b << 32 | y] -= (more := sum(map(n_at, places)))  # (6)
-                count[c << 32 | y], where[c << 32 | y] = more, places  # (6)
-                heapq.heappush(heap, (-more, c << 32 | y))
-        for x, places in before.items():
-            if x >= 0:
-                count[x << 32 | a] -= (more := sum(map(n_at, places)))  # (6)
-                count[x << 32 | c], where[x << 32 | c] = more, places  # (6)
-                heapq.heappush(heap, (-more, x << 32 | c))
+        beside = [(b << 32 | y, c << 32 | y, places) for y, places in after.items() if y >= 0]
+        beside += [(x << 32 | a, x << 32 | c, places) for x, places in before.items() if x >= 0]
+        for old, new, places in beside:
+            count[new], where[new] = sum(map(n_at, places)), places  # (6)
+            count[old] -= count[new]  # (6)
+            heapq.heappush(heap, (-count[new], new))
         count[pair] = 0
     return merges
 
@@ -181,7 +168,7 @@ def merge_word(ids, pairs, made):
 def merge_long(ids, pairs, made):
     """The same as merge_word(), in n log n steps."""
     n, heap = len(ids), []
-    ids, left, right = [*ids, -1], list(range(-1, n)), list(range(1, n + 1))  # -1: nothing here any more
+    ids, left, right = [*ids, -1], [*range(-1, n)], [*range(1, n + 1)]  # -1 is no id: either end, or what was merged
 
     def note(i):
         if (rank := pairs.get((ids[i], ids[right[i]]))) is not None:
@@ -192,19 +179,17 @@ def merge_long(ids, pairs, made):
     while heap:
         rank, i = heapq.heappop(heap)
         j = right[i]
-        if j < n and pairs.get((ids[i], ids[j])) == rank:
+        if pairs.get((ids[i], ids[j])) == rank:
             ids[i], ids[j] = made[rank], -1  # (7)
             right[i] = right[j]
             left[right[i]] = i
-            if left[i] >= 0:
-                note(left[i])
-            if right[i] < n:
-                note(i)
+            note(left[i])
+            note(i)
     return [i for i in ids if i >= 0]
 
 # ------------------------------------------------------------------------------------------------------ tokenizer -----
 class Table(dict):
-    """A dict that finds by itself what it does not have, and keeps it if it is short; of 2^20 entries it keeps all."""
+    """A dict that finds by itself what it does not have, and keeps it if it is short, up to 2^20 of them."""
 
     def __init__(self, find):
         self.find = find
@@ -216,8 +201,8 @@ class Table(dict):
         return value
 
 class BPE:
-    """tokens: {bytes: id}, all 256 single bytes among them; merges: [(bytes, bytes)], the oldest first; special:
-    {name: id}. ValueError if they do not fit together."""
+    """tokens: {bytes: id}, all 256 single bytes among them; merges: [(bytes, bytes)], the oldest first, though of a
+    pair listed twice the last counts, as in GPT-2; special: {name: id}. ValueError if they do not fit together."""
 
     def __init__(self, tokens, merges, special=()):
         self.tokens, self.merges, self.special = dict(tokens), list(merges), dict(special)
@@ -231,9 +216,8 @@ class BPE:
             raise ValueError(f"an id is a whole number from 0 on, not {odd[0]!r}")
         try:
             self.first = [self.tokens[bytes([b])] for b in range(256)]  # [byte] -> id
-            self.made, self.pairs = [self.tokens[a + b] for a, b in self.merges], {}
-            for rank, (a, b) in enumerate(self.merges):
-                self.pairs[self.tokens[a], self.tokens[b]] = rank  # of a pair listed twice the last, as GPT-2 has it
+            self.made = [self.tokens[a + b] for a, b in self.merges]  # [rank] -> id
+            self.pairs = {(self.tokens[a], self.tokens[b]): rank for rank, (a, b) in enumerate(self.merges)}
         except KeyError as e:
             raise ValueError(f"the merges or the bytes need the token {e.args[0]!r}, which is not there") from None
         self.words = Table(self.merge)
@@ -249,7 +233,7 @@ class BPE:
             with contextlib.suppress(UnicodeDecodeError):
                 if len(raw) > 1 and pre_tokens(raw) == [raw] and self.merge(raw) == (i,):
                     self.words[raw] = (i,)
-                    if raw[0] == 32 != raw[1]:
+                    if whole(raw[1:]) == raw:
                         self.pieces[raw[1:]] = (i,)
         return self
 
@@ -258,7 +242,7 @@ class BPE:
 
     def _piece(self, piece):
         stem = piece.rstrip(CLOSING)
-        if not stem.isalpha():
+        if not stem.isalpha():  # else a word and what closes it, as most are: no pattern is needed
             return self._ids(whole(piece))
         closing = piece[len(stem):]
         return self.pieces[stem] + self.words[closing] if closing else self.merge(b" " + piece)  # (1)
@@ -266,12 +250,12 @@ class BPE:
     @classmethod
     def train(cls, text, vocab_size, special=()):
         """vocab_size counts the 256 bytes and the special tokens; there are fewer if the text has no pair left."""
-        special, n = list(dict.fromkeys(special)), vocab_size - 256 - len(set(special))
-        if n < 0:
+        special = list(dict.fromkeys(special))
+        if vocab_size < 256 + len(special):
             raise ValueError(f"a vocabulary of {vocab_size} cannot hold 256 bytes and {len(special)} special tokens")
         tokens = [bytes([b]) for b in BYTES]
         words = {word.translate(IDS): times for word, times in count_words(text).items()}
-        merges = learn_merges(words, n)
+        merges = learn_merges(words, vocab_size - 256 - len(special))
         for a, b in merges:
             tokens.append(tokens[a] + tokens[b])  # (8)
         return cls({raw: i for i, raw in enumerate(tokens)}, [(tokens[a], tokens[b]) for a, b in merges],
@@ -285,15 +269,15 @@ class BPE:
         if unknown := [name for name in allowed if name not in self.special]:
             raise ValueError(f"{unknown[0]!r} is not a special token; there are {list(self.special)}")
         names = "|".join(re.escape(name) for name in sorted(allowed, key=len, reverse=True))
-        ids, found = [], self.pieces
+        ids = []
         for i, part in enumerate(re.split(f"({names})", text) if names else [text]):
             if i % 2:
                 ids.append(self.special[part])
             else:
-                for head, pieces in cut_text(utf8(part)):
+                for head, *pieces in cut_text(utf8(part)):
                     ids += self.heads[head]
-                    for piece in pieces:
-                        ids += found[piece]
+                    for found in map(self.pieces.__getitem__, pieces):
+                        ids += found
         return ids
 
     def decode_bytes(self, ids):
@@ -311,19 +295,18 @@ class BPE:
         """Writes GPT-2's vocab.json and merges.txt, and ranks.tiktoken, which has no place for special tokens.
 
         settings: a dict that goes into settings.json. vocab.json is last: without it the folder has no tokenizer."""
-        show = lambda raw: "".join(CHARS[i] for i in raw.translate(IDS))
+        show = lambda raw: "".join(CHARS[IDS[b]] for b in raw)
         names = {show(raw): i for raw, i in self.tokens.items()}
         if both := names.keys() & self.special.keys():
             raise ValueError(f"special token {both.pop()!r}: vocab.json has no way to tell it from an ordinary one")
         by_id = lambda names: dict(sorted(names.items(), key=lambda item: item[1]))
-        lines = [f"{show(a)} {show(b)}\n" for a, b in self.merges]
-        ranks = [f"{base64.b64encode(raw).decode()} {i}\n" for raw, i in by_id(self.tokens).items()]
-        merges = "".join(["#version: 0.2\n", *lines]).encode()
-        vocab = json.dumps(by_id(names | self.special), ensure_ascii=False).encode()
-        files = {"merges.txt": merges, "ranks.tiktoken": "".join(ranks).encode()}
+        merges = "#version: 0.2\n" + "".join(f"{show(a)} {show(b)}\n" for a, b in self.merges)
+        ranks = "".join(f"{base64.b64encode(raw).decode()} {i}\n" for raw, i in by_id(self.tokens).items())
+        vocab = json.dumps(by_id(names | self.special), ensure_ascii=False)
+        files = {"merges.txt": merges, "ranks.tiktoken": ranks}
         if settings:
-            files["settings.json"] = json.dumps(settings | dict(made=fingerprint(vocab, merges))).encode()
-        write({Path(folder, name): raw for name, raw in (files | {"vocab.json": vocab}).items()})
+            files["settings.json"] = json.dumps(settings | dict(made=fingerprint(vocab + merges)))
+        write({Path(folder, name): text.encode() for name, text in (files | {"vocab.json": vocab}).items()})
 
     @classmethod
     def load(cls, path):
@@ -332,18 +315,18 @@ class BPE:
         path = Path(path)
         try:
             return (cls.load_ranks(path) if path.is_file() else cls.load_folder(path)).prepare()
-        except (binascii.Error, LookupError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as e:
             raise ValueError(f"{path}: not a tokenizer, or a damaged one ({e})") from None
 
     @classmethod
     def load_folder(cls, path):
         both = [path / "vocab.json", path / "merges.txt"], [path / "encoder.json", path / "vocab.bpe"]
         vocab, merges = next((files for files in both if files[0].exists()), both[0])
-        unshow = {char: bytes([b]) for char, b in zip(CHARS, BYTES)}
+        unshow = dict(zip(CHARS, BYTES))
         vocab, lines = json.loads(vocab.read_text("utf-8")), merges.read_text("utf-8").split("\n")
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         ordinary = {*CHARS, *(a + b for a, b in pairs)}
-        raw = lambda name: b"".join(unshow[char] for char in name)
+        raw = lambda name: bytes(unshow[char] for char in name)
         return cls({raw(name): i for name, i in vocab.items() if name in ordinary},
                    [(raw(a), raw(b)) for a, b in pairs], {name: i for name, i in vocab.items() if name not in ordinary})
 
@@ -351,16 +334,13 @@ class BPE:
     def load_ranks(cls, path):
         lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
         tokens = {base64.b64decode(raw, validate=True): int(rank) for raw, rank in lines}
-        tokens, merges, pairs, made = dict(sorted(tokens.items(), key=lambda item: item[1])), [], {}, []
-        for raw, rank in tokens.items():
-            if len(raw) > 1:  # it was made from the two that are left if all older merges are made
-                parts = tuple(merge_word([tokens[bytes([b])] for b in raw], pairs, made))
-                if len(parts) == 2:
-                    pairs[parts] = len(made)
-                    made.append(rank)
-                    merges.append(parts)
-        raw = {rank: token for token, rank in tokens.items()}
-        return cls(tokens, [(raw[a], raw[b]) for a, b in merges])
+        by_rank, pairs, made = {rank: raw for raw, rank in tokens.items()}, {}, []
+        for rank, raw in sorted(by_rank.items()):
+            parts = tuple(merge_word([tokens[bytes([b])] for b in raw], pairs, made))
+            if len(parts) == 2:  # a token was made from the two that are left if all older merges are made
+                pairs[parts] = len(made)
+                made.append(rank)
+        return cls(tokens, [(by_rank[a], by_rank[b]) for a, b in pairs])
 
 def utf8(text):
     """The bytes of a text. ValueError if it has a lone surrogate."""
@@ -457,8 +437,8 @@ def paint_tokens(bpe, text, width=760, size=22):
         x += wide
     image = Image.new("RGB", (width, y + size + 22), "white")
     draw = ImageDraw.Draw(image)
-    for k, (x, y, wide, token) in enumerate(boxes):
-        draw.rectangle((x, y, x + wide - 1, y + size + 7), COLOURS[k % len(COLOURS)])
+    for (x, y, wide, token), colour in zip(boxes, itertools.cycle(COLOURS)):
+        draw.rectangle((x, y, x + wide - 1, y + size + 7), colour)
         draw.text((x, y + 2), token, "black", font)
     return image
 
@@ -467,12 +447,8 @@ def coloured(bpe, text, tty):
     tokens = [shown(bpe, i) for i in bpe.encode(text)]
     if not tty:
         return "|".join(tokens)
-    return "".join(f"\x1b[30;48;2;{';'.join(map(str, COLOURS[k % len(COLOURS)]))}m{token}\x1b[0m"
-                   for k, token in enumerate(tokens))
-
-def contents(path):
-    """The bytes of a file, or of standard input for "-"."""
-    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    return "".join(f"\x1b[30;48;2;{r};{g};{b}m{token}\x1b[0m"
+                   for token, (r, g, b) in zip(tokens, itertools.cycle(COLOURS)))
 
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -488,7 +464,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.guard():
         file = args.encode or args.decode
-        given = contents(file) if file else b""
+        if file:
+            given = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         bpe, had = find_or_train(args, sys.stderr if file else sys.stdout)
         if file and hasattr(sys.stdout, "reconfigure"):  # the very bytes, on any system
             sys.stdout.reconfigure(encoding="utf-8", newline="")
@@ -498,11 +475,9 @@ def main(argv=None):
             except UnicodeDecodeError as e:
                 raise ValueError(f"--encode {file}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
         elif args.decode:
-            try:
-                ids = [int(word) for word in given.split()]
-            except ValueError:
-                raise ValueError(f"--decode {file}: want ids, numbers with white space between them") from None
-            print(bpe.decode(ids), end="")
+            if not all(map(bytes.isdigit, given.split())):
+                raise ValueError(f"--decode {file}: want ids, numbers with white space between them")
+            print(bpe.decode(map(int, given.split())), end="")
         else:
             made = [a + b for a, b in bpe.merges]
             for what, some in ("first merges:", made[:12]), ("longest:", sorted(made, key=len, reverse=True)[:6]):
@@ -518,19 +493,17 @@ def find_or_train(args, log):
     """The run folder's tokenizer, trained first if there is none -> BPE, what settings.json has. ValueError if it was
     made otherwise."""
     path, job = args.out / "settings.json", args.encode or args.decode
-    there = any((args.out / name).exists() for name in ("vocab.json", "encoder.json"))
     text = None if args.text == "docstrings" else load_text(args.text)
-    name = f"docstrings of Python {platform.python_version()}" if text is None else (
-        hashlib.sha256(text.encode()).hexdigest()[:12])
+    name = fingerprint(text) if text else f"docstrings of Python {platform.python_version()}"
     wanted = dict(text=name, vocab=args.vocab, special=list(dict.fromkeys(args.special)))
     flags = dict(text=args.text != "docstrings", vocab=args.vocab != 4096, special=bool(args.special))
-    if there and not args.fresh:
+    if not args.fresh and any((args.out / name).exists() for name in ("vocab.json", "encoder.json")):
         bpe, had = BPE.load(args.out), {}
         if path.exists():
             try:
                 had = json.loads(path.read_bytes())
-                files = ((args.out / name).read_bytes() for name in ("vocab.json", "merges.txt"))
-                if had["made"] != fingerprint(*files):
+                files = [(args.out / name).read_text("utf-8") for name in ("vocab.json", "merges.txt")]
+                if had["made"] != fingerprint("".join(files)):
                     raise ValueError("it was written for another vocab.json or merges.txt")
                 had["bytes"] / had["tokens"]
             except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as e:
@@ -540,7 +513,7 @@ def find_or_train(args, log):
                 raise ValueError(f"{args.out}: made with {name} {had.get(name)}, not {wanted[name]}; "
                                  "--fresh trains anew over it, --out elsewhere keeps it")
         return bpe, had
-    text = load_text(args.text) if text is None else text
+    text = text or load_text()
     print(f"{len(text.encode()) / 1e6:.2f} MB of text from {args.text}", file=log)
     bpe = BPE.train(text, args.vocab, args.special)
     had = dict(wanted, bytes=len(text.encode()), tokens=len(bpe.encode(text)))
@@ -549,9 +522,8 @@ def find_or_train(args, log):
     bpe.save(args.out, had)
     return bpe, had
 
-def fingerprint(vocab, merges):
-    """Of the bytes of the files from which BPE.load reads a run folder."""
-    return hashlib.sha256(vocab + merges).hexdigest()[:12]
+def fingerprint(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 if __name__ == "__main__":
     main()

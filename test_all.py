@@ -4230,10 +4230,10 @@ def test_bpe_splits():
         text = "".join(rng.choice((pool, plain)[n % 2], rng.integers(0, 14)))
         want, raw = [word.encode() for word in split_by_hand(text)], text.encode()
         assert bpe.pre_tokens(raw) == want, (text, want)
-        parts = [s for head, pieces in bpe.cut_text(raw) for s in [head, *map(bpe.whole, pieces)]]
+        parts = [s for head, *pieces in bpe.cut_text(raw) for s in [head, *map(bpe.whole, pieces)]]
         assert b"".join(parts) == raw and [t for s in parts for t in bpe.pre_tokens(s)] == want, (text, parts)
         assert bpe.count_words(text) == collections.Counter(want)
-    parts = [s for head, pieces in bpe.cut_text(b"It's a  test\n\nof   it") for s in [head, *pieces]]
+    parts = [*itertools.chain(*bpe.cut_text(b"It's a  test\n\nof   it"))]
     assert parts == [b"It's", b"a", b"", b"test", b"\n", b"\nof", b"  ", b"", b"it"], parts
     assert bpe.pre_tokens(b"I've  1st\n") == [b"I", b"'ve", b" ", b" 1", b"st", b"\n"]
 
@@ -4372,6 +4372,8 @@ def test_bpe_formats():
             assert again.made == made.made
             assert again.special == ({} if "ranks" in path else made.special)
             assert again.encode(text + "Thé end") == made.encode(text + "Thé end")
+        bpe.BPE.train("a \n\nb" * 99, 257).save("lines")  # a token " \n" is not what a newline alone is
+        assert bpe.BPE.load("lines").tokens[b" \n"] == 256 and bpe.BPE.load("lines").encode("\n\nb") == [198, 198, 65]
         again.save("again")
         assert (here / "again/ranks.tiktoken").read_bytes() == (here / "run/ranks.tiktoken").read_bytes()
         files = snapshot(here / "run")
