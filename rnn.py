@@ -364,11 +364,9 @@ def to_ids(text, chars):
 
 def fast_products(device):
     """The type in which products are fastest: bfloat16, 8 bits of a number, where the processor multiplies it."""
-    if torch.device(device).type == "cpu":
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # younger than torch 2.4
-    else:
-        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    able = {"cuda": torch.cuda.is_bf16_supported,
+            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}  # younger than torch 2.4
+    return torch.bfloat16 if able.get(torch.device(device).type, bool)() else torch.float32
 
 def train(text, iters=4200, batch=64, length=32, lr=4e-3, cell="lstm", width=512, dropout=0.4, device="cpu", seed=0,
           path=None, fresh=False):

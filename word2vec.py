@@ -367,11 +367,9 @@ def analogy(vectors, a, b, c, n=4):
 
 def fast_products(device):
     """The type in which products are fastest: bfloat16, 8 bits of a number, where the processor multiplies it."""
-    if torch.device(device).type == "cpu":
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # younger than torch 2.4
-    else:
-        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    able = {"cuda": torch.cuda.is_bf16_supported,
+            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}  # younger than torch 2.4
+    return torch.bfloat16 if able.get(torch.device(device).type, bool)() else torch.float32
 
 def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, negative=5, sample=1e-3, min_count=5,
           model="skipgram", device="cpu", seed=0, path=None, fresh=False):
