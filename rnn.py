@@ -93,10 +93,9 @@ def lstm_forward(table, x, w_hh, state, new):
     (T, N), H = x.shape, len(w_hh)
     h, c, s, u = new("h", T + 1, N, H), new("c", T + 1, N, H), new("s", T, N, 4 * H), new("u", T, N, H)
     h[0], c[0] = state
-    double = torch.ones(4, H, device=table.device, dtype=table.dtype)
-    double[2] = 2
-    torch.index_select(table * double.view(-1), 0, x.flatten(), out=s.view(T * N, 4 * H))
-    w = w_hh * double.view(-1).to(w_hh.dtype)
+    double = table.new_tensor([1, 1, 2, 1]).repeat_interleave(H)
+    torch.index_select(table * double, 0, x.flatten(), out=s.view(T * N, 4 * H))
+    w = w_hh * double.to(w_hh.dtype)
     for a, i, f, g, o, h_0, h_1, c_0, c_1, u_1 in zip(s, *gates(s), h, h[1:], c, c[1:], u):
         add_product(a, h_0, w).sigmoid_()  # (6)
         torch.mul(f, c_0, out=c_1).addcmul_(i, g, value=2).sub_(i)  # (9)
@@ -393,8 +392,7 @@ def train(text, iters=4200, batch=64, length=32, lr=4e-3, cell="lstm", width=512
     parts, done, log = (model, average, opt, carry), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["rnn"], device, wanted))
-        for group in opt.param_groups:
-            group["fused"] &= fused
+        opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
     progress, total, saved = Progress("iteration", "letters", iters, done), torch.zeros((), device=device), time.time()
     for i in range(done, iters):
         at = i * length % each
@@ -446,11 +444,8 @@ def sample(model, n, prompt="", temperature=1.0, seed=0):
     for _ in range(n):
         logits, state = model(x, state)
         logits = logits[-1, 0].cpu().double()
-        if temperature > 0:
-            p = ((logits - logits.max()) / temperature).softmax(0)  # (11)
-            drawn.append(int(torch.multinomial(p, 1, generator=generator)))
-        else:
-            drawn.append(int(logits.argmax()))
+        p = ((logits - logits.max()) / max(temperature, 1e-30)).softmax(0)  # (11), at 0 its limit
+        drawn.append(int(torch.multinomial(p, 1, generator=generator)))
         x = x.new_full((1, 1), drawn[-1])
     return prompt + "".join(model.chars[i] for i in drawn)
 
@@ -489,20 +484,18 @@ def plot_lags(lines):
     """{name: norms by lag} -> a Pillow image, the norms on a logarithmic scale."""
     image = Image.new("RGB", (760, 440), "white")
     draw, font, colours = ImageDraw.Draw(image), ImageFont.load_default(15), ("#c0392b", "#2471a3")
-    left, top, right, bottom, low = 70, 40, 740, 390, -8
-    spot = lambda k, v, n: (left + (right - left) * k / max(1, n - 1),
-                            top + (bottom - top) * max(math.log10(max(v, 1e-30)), low) / low)
-    for power in range(low, 1, 2):
-        y = top + (bottom - top) * power / low
-        draw.line((left, y, right, y), "#dddddd")
-        draw.text((left - 8, y), f"1e{power}", "black", font, "rm")
     n = max(map(len, lines.values()))
+    across = lambda k: 70 + 670 * k / max(1, n - 1)
+    down = lambda norm: 40 - 350 * math.log10(max(norm, 1e-8)) / 8  # 1 at the top, 1e-8 at the bottom
+    for power in range(-8, 1, 2):
+        draw.line((70, down(10**power), 740, down(10**power)), "#dddddd")
+        draw.text((62, down(10**power)), f"1e{power}", "black", font, "rm")
     for k in range(0, n, max(1, n // 5)):
-        draw.text((spot(k, 1, n)[0], bottom + 8), str(k), "black", font, "mt")
-    draw.text(((left + right) / 2, 436), "lag, letters", "black", font, "mb")
-    draw.text((left, 12), "norm of dL/dh at this lag, relative to lag 0:", "black", font)
+        draw.text((across(k), 398), str(k), "black", font, "mt")
+    draw.text((405, 436), "lag, letters", "black", font, "mb")
+    draw.text((70, 12), "norm of dL/dh at this lag, relative to lag 0:", "black", font)
     for i, (name, norms) in enumerate(lines.items()):
-        draw.line([spot(k, v, n) for k, v in enumerate(norms.tolist())], colours[i], 3)
+        draw.line([(across(k), down(norm)) for k, norm in enumerate(norms.tolist())], colours[i], 3)
         draw.text((400 + 170 * i, 12), name, colours[i], font)
     return image
 
@@ -518,23 +511,22 @@ def main(argv=None):
             raise ValueError(f"--temperature {args.temperature}: want a number that is at least 0")
         device, text = pick_device(args.device), load_text(args.text)
         chars = "".join(sorted(set(text)))
-        to_ids(args.prompt, chars)
+        to_ids(args.prompt, chars)  # refused now rather than after training
         ids, first = to_ids(text, chars), len(text) * 9 // 10
         print(f"{len(text)} letters from {args.text}, {len(chars)} different ones, on {device}")
         models = {}
         other, short = "rnn" if args.cell == "lstm" else "lstm", -(-args.iters // 10)  # for the picture alone
         for cell, iters, path in (args.cell, args.iters, "model.pt"), (other, short, "other/model.pt"):
-            train(text, iters, args.batch, args.length, args.lr, cell, args.width, args.dropout, device, args.seed,
-                  args.out / path, args.fresh)
-            models[f"{cell}, {iters} iterations"] = load(args.out / path, device)
+            models[f"{cell}, {iters} iterations"] = train(
+                text, iters, args.batch, args.length, args.lr, cell, args.width, args.dropout, device, args.seed,
+                args.out / path, args.fresh)
         model = next(iter(models.values()))
         drawn = sample(model, args.samples, args.prompt, args.temperature, args.seed)
-        write({args.out / "samples.txt": drawn.encode()})
         lags, png = min(100, (len(ids) - first - 1) // 2), io.BytesIO()
         plot_lags({name: lag_norms(m, ids[first:], lags) for name, m in models.items()}).save(png, "PNG")
-        write({args.out / "lag.png": png.getvalue()})
+        write({args.out / "samples.txt": drawn.encode(), args.out / "lag.png": png.getvalue()})
         nats = evaluate(model, ids, first)
-        print(drawn[:400].encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8"))
+        print(drawn[:400])
         print(f"the last {len(ids) - first} letters: {nats:.4f} nats = {nats / math.log(2):.4f} bits a letter")
         print(f"{args.samples} letters: samples.txt in {args.out}, with lag.png, log.csv, model.pt")
 
