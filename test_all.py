@@ -4671,6 +4671,8 @@ def test_word2vec_windows():
                 assert left == right
                 seen[left] += 1
     assert set(seen) == {1, 2, 3, 4} and all(abs(n - sum(seen.values()) / 4) < 4 * 10 for n in seen.values()), seen
+    wide = word2vec.draw_blocks(torch.arange(500), torch.ones(V), torch.zeros(9, dtype=torch.int32), 200)[3]
+    assert wide.shape[2] == 401 and 180 < (wide.flatten(0, 1).nonzero()[:, 1] - 200).abs().max() <= 200
 
 def topics(n=1500):
     """Text about one of two things at a time, a blank line between; the common words belong to neither."""

@@ -92,8 +92,8 @@ def draw_blocks(raw, keep, table, reach):
     n, B = len(words), max(1, -(-len(words) // BLOCK))
     words = F.pad(words, (reach, B * BLOCK - n + reach))
     near = F.pad(paragraph, (reach, B * BLOCK - n + reach), value=-1).unfold(0, 2 * reach + 1, 1)
-    b = torch.randint(1, reach + 1, (B * BLOCK, 1), dtype=torch.int8)  # (4)
-    distance = torch.arange(-reach, reach + 1, dtype=torch.int8).abs()
+    b = torch.randint(1, reach + 1, (B * BLOCK, 1), dtype=torch.int32)  # (4)
+    distance = torch.arange(-reach, reach + 1, dtype=torch.int32).abs()
     own = near[:, reach : reach + 1]
     window = ((distance > 0) & (distance <= b) & (near == own) & (own >= 0)).float()
     negatives = table[torch.randint(len(table), (B, SHARED))]
@@ -439,9 +439,8 @@ def plot_words(vectors, n=150, side=1000):
     """A Pillow image: the n commonest words where the two main directions of their unit vectors put them."""
     x = F.normalize(vectors.table[:n].cpu().double())
     x = x - x.mean(0)
-    _, _, axes = torch.linalg.svd(x, full_matrices=False)
-    flat = x @ axes[:2].T if x.shape[1] > 1 else F.pad(x, (0, 1))
-    low, high = flat.amin(0), flat.amax(0)
+    flat = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T
+    low, high = flat.aminmax(dim=0)
     spots = 50 + (side - 100) * (flat - low) / (high - low).clamp(min=1e-12)
     image = Image.new("RGB", (side, side), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
@@ -449,10 +448,9 @@ def plot_words(vectors, n=150, side=1000):
         draw.text((across, down), word, "#1a5276", font, "mm")
     return image
 
-def word_parser(doc, name, train):
-    """The flags; the defaults of training are those of train()."""
-    parser = Parser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    allow_abbrev=False)
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, default = parser.add_argument, inspect.signature(train).parameters
     add("--text", default="docstrings", help="docstrings (of the standard library), or a file in UTF-8")
     for flag, least, what in (
@@ -465,21 +463,17 @@ def word_parser(doc, name, train):
     add("--model", choices=["skipgram", "cbow"], default="skipgram", help="which question is asked")
     add("--nearest", nargs="+", type=str.lower, default=[], metavar="WORD", help="words to print the nearest of")
     add("--analogy", nargs=3, type=str.lower, default=[], metavar=("A", "B", "C"), help="what is to C as B is to A")
-    add("--out", type=Path, default=Path("out", name), help="run folder")
+    add("--out", type=Path, default=Path("out", "word2vec"), help="run folder")
     add("--device", default="auto", help="auto is cuda, else mps, else cpu")
     add("--seed", type=int, default=0, help="same seed, same machine: same bits on the CPU")
     add("--fresh", action="store_true", help="train anew over the run folder's checkpoint")
-    return parser
-
-def main(argv=None):
-    args = (parser := word_parser(__doc__, "word2vec", train)).parse_args(argv)
+    args = parser.parse_args(argv)
     with parser.guard():
         if not 0 <= args.sample < math.inf:
             raise ValueError(f"--sample {args.sample}: want a number that is at least 0")
         device, path = pick_device(args.device), args.out / "model.pt"
-        train(args.text, args.epochs, args.batch, args.lr, args.dim, args.window, args.negative, args.sample,
-              args.min_count, args.model, device, args.seed, path, args.fresh)
-        vectors = load(path, device)
+        vectors = train(args.text, args.epochs, args.batch, args.lr, args.dim, args.window, args.negative, args.sample,
+                        args.min_count, args.model, device, args.seed, path, args.fresh)
         save_text(args.out / "vectors.txt", vectors)
         png = io.BytesIO()
         plot_words(vectors).save(png, "PNG")
