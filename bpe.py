@@ -523,6 +523,7 @@ def find_or_train(args, log):
     return bpe, had
 
 def fingerprint(text):
+    """By which a text is known again: twelve digits of its SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 if __name__ == "__main__":
