@@ -410,13 +410,6 @@ def pick_device(name):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 # ------------------------------------------------------------------------------------ training, sampling, command -----
-class Film(nn.Module):
-    """The pictures of progress.png, uint8 (10, 8, C, H, W): a module, so that checkpoints hold them."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.register_buffer("frames", torch.zeros(10, 8, *shape, dtype=torch.uint8))
-
 def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss="nonsaturating", device="cpu", seed=0,
           path=None, fresh=False, compiled=False):
     """uint8 images (N, C, H, H) on the CPU -> the averaged G, ready to sample. Seeds torch's global generator.
@@ -432,15 +425,16 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     if batch // world < 2 or k < 1:
         raise ValueError(f"--batch {batch} --k {k}: batch norm needs two images, and D at least one step")
     torch.manual_seed(seed)
-    G = Generator(images.shape[1], images.shape[2], width, latent).to(device, memory_format=layout(device))
-    D = Discriminator(images.shape[1], images.shape[2], width).to(device, memory_format=layout(device))
-    average, average_d = (copy.deepcopy(net).requires_grad_(False).eval() for net in (G, D))
+    G, D = Generator(*images.shape[1:3], width, latent), Discriminator(*images.shape[1:3], width)
+    players = nn.ModuleList([G, D]).to(device, memory_format=layout(device))
+    averages = copy.deepcopy(players).requires_grad_(False).eval()
     fused = torch.device(device).type != "mps" and not compiled  # compiled gradients may have other strides
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.99), fused=fused) for net in (G, D))
     still = torch.randn(8, latent, generator=torch.Generator().manual_seed(seed)).to(device)  # z for progress.png
     moments = [-(-iters * c * c // 100) for c in range(1, 11)]  # when: after 1, 4, 9, ..., 100 % of the training
-    film = Film(G.shape).to(device)
-    parts, done, log = (G, average, average_d, film, D, opt_g, opt_d), 0, []
+    film = nn.Module()  # a module, so that the checkpoint holds the pictures
+    film.register_buffer("frames", torch.zeros(10, 8, *G.shape, dtype=torch.uint8, device=device))
+    parts, done, log = (G, *averages, film, D, opt_g, opt_d), 0, []
     if path and path.exists() and not fresh:
         done, log = resume(path, parts, load_checkpoint(path, ["gan"], device, wanted))
         for opt in (opt_g, opt_d):
@@ -449,8 +443,7 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
     if world > 1:  # batch norm and dropout see the share of one process, and so do the running statistics
         net_g, net_d = (nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) for net in (net_g, net_d))
         path = None if rank else path
-    states = [net.state_dict().values() for net in (average, average_d, G, D)]
-    pairs, images = [*zip(states[0], states[2]), *zip(states[1], states[3])], images.to(device)
+    pairs, images = [*zip(averages.state_dict().values(), players.state_dict().values())], images.to(device)
     progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros(4, device=device), time.time()
     for i in range(done, iters):
         for opt in (opt_g, opt_d):
@@ -465,7 +458,7 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
             a.lerp_(p, 1 - memory) if a.is_floating_point() else a.copy_(p)
         for c in range(10):
             if i + 1 == moments[c]:
-                film.frames[c] = (127.5 * average(still) + 127.5).round()
+                film.frames[c] = (127.5 * averages[0](still) + 127.5).round()
         js = js_estimate(real_logits, fake_logits)
         total += torch.stack([real_logits.sigmoid().mean(), fake_logits.sigmoid().mean(), js, loss_now])
         if (i + 1) % 100 == 0 or i + 1 == iters:
@@ -478,7 +471,7 @@ def train(images, iters=7200, batch=32, lr=2e-3, width=16, latent=64, k=1, loss=
                 save_checkpoint(path, "gan", wanted, parts, i + 1, log, ("d_real", "d_fake", "js", "loss_g"))
                 saved = time.time()
         progress(i + 1, batch, "D(x) {1:.2f} D(G(z)) {2:.2f}".format(*log[-1]) if log else "")
-    return average
+    return averages[0]
 
 def load_players(path, device="cpu"):
     """The averaged G and D of a checkpoint, in eval mode, and what progress.png shows, uint8 (10, 8, C, H, W)."""
@@ -486,10 +479,11 @@ def load_players(path, device="cpu"):
     with or_say(f"{path}: {DAMAGED}"):
         channels, size, width, latent = (state["settings"][name] for name in ("channels", "size", "width", "latent"))
         G, D = Generator(channels, size, width, latent), Discriminator(channels, size, width)
-        for part, saved in zip((G, D, film := Film(G.shape)), state["parts"][1:4], strict=True):
-            part.load_state_dict(saved)
+        G.load_state_dict(state["parts"][1])
+        D.load_state_dict(state["parts"][2])
+        frames = state["parts"][3]["frames"]
     G, D = (net.to(device, memory_format=layout(device)).requires_grad_(False).eval() for net in (G, D))
-    return G, D, film.frames
+    return G, D, frames
 
 def load(path, device="cpu"):
     """The averaged G of a checkpoint, ready to sample; .shape is the (C, H, W) of its images, .latent the size of z."""
@@ -499,11 +493,11 @@ def load(path, device="cpu"):
 def sample(model, n, seed=0, device="cpu", chunk=500):
     """n images (n, C, H, W), values -1 .. 1, drawn chunk by chunk. model: as load() gives it, in eval mode."""
     generator, images = torch.Generator(device).manual_seed(seed), []
-    sizes = [min(chunk, n - i) for i in range(0, n, chunk)]
-    progress = Progress("sampling, chunk", "images", len(sizes))
-    for m in sizes:
-        images.append(model(torch.randn(m, model.latent, generator=generator, device=device)))
-        progress(len(images), m)
+    progress = Progress("sampling, image", "images", n)
+    for i in range(0, n, chunk):
+        z = torch.randn(min(chunk, n - i), model.latent, generator=generator, device=device)
+        images.append(model(z))
+        progress(i + len(z), 1)
     return torch.cat(images)
 
 def stack(images, seed=0):
@@ -544,10 +538,10 @@ def main(argv=None):
         real, fake = to_float(held_out[:2000].to(device)), sample(G, 2000, args.seed + 1, device)  # new to D, both
         real_logits, fake_logits = (torch.cat([D(part) for part in x.split(500)]) for x in (real, fake))
         js = js_estimate(real_logits, fake_logits).item()
-        d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
         terms = F.softplus(-real_logits), F.softplus(fake_logits)
         error = sum(term.var(correction=0).item() / len(term) for term in terms) ** 0.5 / 2
-        print(f"mean D(x) on {len(real)} test images {d_real:.3f}, on {len(fake)} of G's {d_fake:.3f}: "
+        print(f"mean D(x) on {len(real)} test images {real_logits.sigmoid().mean():.3f}, "
+              f"on {len(fake)} of G's {fake_logits.sigmoid().mean():.3f}: "
               f"JS(p_data || p_g) >= {js:.4f} +- {error:.4f} nats, {js / math.log(2):.1%} of log 2")
         print(f"{args.samples} samples: samples.png, samples.npy in {args.out}, with walk.png, log.csv, model.pt, and "
               "progress.png: a row for each z, after 1, 4, 9, ..., 100 % of the training")
