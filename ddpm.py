@@ -184,8 +184,7 @@ class UNet(nn.Module):
     def __init__(self, channels=1, size=28, width=32, t_max=1000):
         super().__init__()
         if size % 4 or width % 8:
-            raise ValueError(f"--size {size} --width {width}: the network halves the side twice and has 8 groups of "
-                             "channels, so the size must be a multiple of 4 and the width one of 8")
+            raise ValueError(f"--size {size} --width {width}: the size must be a multiple of 4, and the width one of 8")
         self.shape, w, c = (channels, size, size), width, 4 * width
         self.register_buffer("omega", torch.logspace(0, 3, w) / t_max, persistent=False)
         self.time = nn.Sequential(nn.Linear(2 * w, c), nn.SiLU(), nn.Linear(c, c), nn.SiLU())
@@ -531,12 +530,11 @@ def load(path, device="cpu"):
 def sample(model, shape, variance="large", clip=True, seed=0, device="cpu", chunk=100):
     """Images of the shape (N, C, H, W), values about -1 .. 1, drawn chunk by chunk."""
     s, generator, images = make_schedule().to(device), torch.Generator(device).manual_seed(seed), []
-    sizes = [min(chunk, shape[0] - i) for i in range(0, shape[0], chunk)]
-    progress = Progress("step", "images", len(s.beta) * len(sizes))
-    for n in sizes:
-        x_T = torch.randn(n, *shape[1:], generator=generator, device=device)
+    progress = Progress("image steps", "images", len(s.beta) * shape[0])
+    for i in range(0, shape[0], chunk):
+        x_T = torch.randn(min(chunk, shape[0] - i), *shape[1:], generator=generator, device=device)
         for t, x in reverse(model, x_T, s, variance, clip, generator):
-            progress(len(s.beta) * (len(images) + 1) - t, n / len(s.beta))
+            progress(len(s.beta) * (i + len(x)) - t * len(x), 1 / len(s.beta))
         images.append(x)
     return torch.cat(images)
 
