@@ -32,7 +32,7 @@ Sampling puts the network's guess of x_0 in the place of x_0:
   (6) sigma = eta sqrt((1 - alpha_bar_p) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_p)                   [16]
 eta = 1 and p = t - 1 make sigma^2 the posterior variance beta~_t and (3) the posterior: that is DDPM with the small
 variance. eta = 0 adds no noise: the picture is a function of x_T. The steps visited, ceil rounding up, i = 1 .. S:
-  (7) tau_i = ceil(T i / S) - 1 (linear) or max(ceil(T i^2 / S^2), i) - 1 (quad); after tau_1 comes alpha_bar = 1
+  (7) tau_i = max(ceil(T (i / S)^n), i) - 1 with n = 1 (linear) or 2 (quad); after tau_1 comes alpha_bar = 1
 With eta = 0 divide (5) by sqrt(alpha_bar_p): x / sqrt(alpha_bar) moves by eps times the change of the noise-to-signal
 ratio. It is Euler's method for an ODE [14], which can be run upwards, too: from a picture to the x_T that makes it,
   (8) x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps_theta(x_p, p), x_0 from (4) at x_p; at the picture itself
@@ -87,10 +87,8 @@ def make_tau(T, S, spacing="linear"):
     """The steps to visit, as (t, p) pairs from the noisiest on: S of them, the last p is -1, for no noise."""
     if not 1 <= S <= T:
         raise ValueError(f"--steps {S}: must be 1 .. {T}, the number of steps that the network was trained for")
-    if spacing == "linear":
-        tau = [-(-T * i // S) - 1 for i in range(1, S + 1)]  # (7)
-    else:
-        tau = [max(-(-T * i * i // (S * S)), i) - 1 for i in range(1, S + 1)]  # (7)
+    n = 1 if spacing == "linear" else 2
+    tau = [max(-(-T * i**n // S**n), i) - 1 for i in range(1, S + 1)]  # (7)
     return list(zip(tau[::-1], tau[-2::-1] + [-1]))
 
 def level(alpha_bar, t):
@@ -167,8 +165,7 @@ class UNet(nn.Module):
     def __init__(self, channels=1, size=28, width=32, t_max=1000):
         super().__init__()
         if size % 4 or width % 8:
-            raise ValueError(f"--size {size} --width {width}: the network halves the side twice and has 8 groups of "
-                             "channels, so the size must be a multiple of 4 and the width one of 8")
+            raise ValueError(f"--size {size} --width {width}: the size must be a multiple of 4, and the width one of 8")
         self.shape, w, c = (channels, size, size), width, 4 * width
         self.register_buffer("omega", torch.logspace(0, 3, w) / t_max, persistent=False)
         self.time = nn.Sequential(nn.Linear(2 * w, c), nn.SiLU(), nn.Linear(c, c), nn.SiLU())
@@ -515,12 +512,11 @@ def load(path, device="cpu"):
 def sample(model, shape, S=50, eta=0.0, spacing="linear", clip=True, seed=0, device="cpu", chunk=100):
     """Images of the shape (N, C, H, W), values about -1 .. 1, drawn chunk by chunk in S steps each."""
     generator, images = torch.Generator(device).manual_seed(seed), []
-    sizes = [min(chunk, shape[0] - i) for i in range(0, shape[0], chunk)]
-    progress = Progress(f"{S} steps, chunk", "images", len(sizes))
-    for n in sizes:
-        x_T = torch.randn(n, *shape[1:], generator=generator, device=device)
+    progress = Progress(f"{S} steps, image", "images", shape[0])
+    for i in range(0, shape[0], chunk):
+        x_T = torch.randn(min(chunk, shape[0] - i), *shape[1:], generator=generator, device=device)
         images.append(decode(model, x_T, make_alpha_bar(), S, eta, spacing, clip, generator))
-        progress(len(images), n)
+        progress(i + len(x_T), 1)
     return torch.cat(images)
 
 def numbers(text):
@@ -543,25 +539,24 @@ def main(argv=None):
             make_tau(len(alpha_bar), S)  # refuses what cannot be, before training
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta {args.eta}: must be 0 .. 1")
-        model = load(args.model, device) if args.model else None
-        channels, size = model.shape[:2] if args.model else (args.channels, args.size)
-        images = None if args.model else load_images(args.data, size, channels)
-        x_0 = to_float(load_images(args.data, size, channels, test=True)[:16].to(device))
-        if model is None:
-            print(f"{len(images)} images of {size}x{size}x{channels} from {args.data}, on {device}")
+        if args.model:
+            args.channels, args.size, _ = load(args.model, device).shape
+        images = None if args.model else load_images(args.data, args.size, args.channels)
+        x_0 = to_float(load_images(args.data, args.size, args.channels, test=True)[:16].to(device))
+        if not args.model:
+            print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {device}")
             settings = args.iters, args.batch, args.lr, args.width, device, args.seed
             train(images, *settings, path, args.fresh, args.compile)
         if rank:
             return  # the first process goes on alone
-        model = model or load(path, device)
+        model = load(args.model or path, device)
         start = time.perf_counter()
         x = sample(model, (args.samples, *model.shape), args.steps, args.eta, args.spacing, True, args.seed, device)
         x = x.cpu()  # this, like every .cpu() here, waits for the device
         rate = args.samples / (time.perf_counter() - start)
         save_samples(args.out, x)
 
-        generator = torch.Generator(device).manual_seed(args.seed)
-        x_T = torch.randn(32, *model.shape, generator=generator, device=device)
+        x_T = torch.randn(32, *model.shape, generator=torch.Generator(device).manual_seed(args.seed), device=device)
         ends, walk = x_T[:12], torch.linspace(0, 1, 10).tolist()
         latents = torch.stack([slerp(x, y, a) for x, y in zip(ends[::2], ends[1::2]) for a in walk])
         save_grid(args.out / "slerp.png", decode(model, latents, alpha_bar, args.steps, 0.0, args.spacing), len(walk))
