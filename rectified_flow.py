@@ -70,8 +70,7 @@ def interpolate(x_0, x_1, t):
 
 def loss_flow(model, x_0, x_1, t):
     """The loss that is trained, a scalar: the mean over images and pixels. t: (N,)."""
-    # The best v is (3).
-    return F.mse_loss(model(interpolate(x_0, x_1, t), t), x_1 - x_0)  # (2)
+    return F.mse_loss(model(interpolate(x_0, x_1, t), t), x_1 - x_0)  # (2), of which the best v is (3)
 
 def velocity(model, z, t):
     """dz / dt at a float t."""
@@ -104,8 +103,7 @@ def rk45(model, z, tol=1e-3):
     """z at t = 0 -> (z at t = 1, evaluations of the model). The images of z share their steps.
 
     FloatingPointError if no step is small enough."""
-    t, h, k = 0.0, 0.05, [velocity(model, z, 0.0)]
-    calls = 1
+    t, h, k, calls = 0.0, 0.05, [velocity(model, z, 0.0)], 1
     while t < 1:
         h = min(h, 1 - t)
         for c, row in DORMAND_PRINCE:
@@ -126,12 +124,11 @@ def rk45(model, z, tol=1e-3):
 def make_pairs(model, shape, steps, seed=0, device="cpu", chunk=100):
     """Noise and the images that the flow makes of it: x_0, x_1 of the shape (N, C, H, W), and S of (7), (N,)."""
     generator, pairs = torch.Generator(device).manual_seed(seed), []
-    sizes = [min(chunk, shape[0] - i) for i in range(0, shape[0], chunk)]
-    progress = Progress("pairs, chunk", "images", len(sizes))
-    for n in sizes:
-        x_0 = torch.randn(n, *shape[1:], generator=generator, device=device)
+    progress = Progress("pair", "images", shape[0])
+    for i in range(0, shape[0], chunk):
+        x_0 = torch.randn(min(chunk, shape[0] - i), *shape[1:], generator=generator, device=device)
         pairs.append((x_0, *euler(model, x_0, steps)))  # (8)
-        progress(len(pairs), n)
+        progress(i + len(x_0), 1)
     return [torch.cat(part) for part in zip(*pairs)]
 
 # -------------------------------------------------------------------------------------------------------- network -----
@@ -160,8 +157,7 @@ class UNet(nn.Module):
     def __init__(self, channels=1, size=28, width=32, t_max=1000):
         super().__init__()
         if size % 4 or width % 8:
-            raise ValueError(f"--size {size} --width {width}: the network halves the side twice and has 8 groups of "
-                             "channels, so the size must be a multiple of 4 and the width one of 8")
+            raise ValueError(f"--size {size} --width {width}: the size must be a multiple of 4, and the width one of 8")
         self.shape, w, c = (channels, size, size), width, 4 * width
         self.register_buffer("omega", torch.logspace(0, 3, w) / t_max, persistent=False)
         self.time = nn.Sequential(nn.Linear(2 * w, c), nn.SiLU(), nn.Linear(c, c), nn.SiLU())
@@ -461,14 +457,13 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
     source = images if start is None else torch.cat([p.flatten().cpu() for p in start.parameters()])
     wanted = dict(channels=images.shape[1], size=images.shape[2], width=width, iters=iters, batch=batch, lr=lr,
                   seed=seed, images=hashlib.sha256(source.contiguous().numpy()).hexdigest()[:12])
-    if start is not None:
-        wanted |= dict(pairs=pairs, pair_steps=pair_steps)
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
     rank, world = processes(device, batch)
     torch.manual_seed(seed)
     model = UNet(images.shape[1], images.shape[2], width, t_max=1).to(device, memory_format=layout(device))
     if start is not None:
+        wanted |= dict(pairs=pairs, pair_steps=pair_steps)
         model.load_state_dict(start.state_dict())
     average = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
@@ -518,13 +513,12 @@ def load(path, device="cpu"):
 def sample(model, shape, steps=50, solver="euler", tol=1e-3, seed=0, device="cpu", chunk=100):
     """Images of the shape (N, C, H, W), values about -1 .. 1, and the evaluations of the model that each one took."""
     generator, images, calls = torch.Generator(device).manual_seed(seed), [], 0
-    sizes = [min(chunk, shape[0] - i) for i in range(0, shape[0], chunk)]
-    progress = Progress("sampling, chunk", "images", len(sizes))
-    for n in sizes:
-        z = torch.randn(n, *shape[1:], generator=generator, device=device)
+    progress = Progress("sampling, image", "images", shape[0])
+    for i in range(0, shape[0], chunk):
+        z = torch.randn(min(chunk, shape[0] - i), *shape[1:], generator=generator, device=device)
         x, made = rk45(model, z, tol) if solver == "rk45" else (euler(model, z, steps)[0], steps)
-        images, calls = [*images, x], calls + made * n
-        progress(len(images), n)
+        images, calls = [*images, x], calls + made * len(x)
+        progress(i + len(x), 1)
     return torch.cat(images), calls / shape[0]
 
 def main(argv=None):
@@ -546,7 +540,7 @@ def main(argv=None):
         print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {device}")
         models, settings = [], (args.iters, args.batch, args.lr, args.width, device, args.seed)
         for k in range(args.reflow + 1):
-            path = args.out / f"reflow{k}" / "model.pt" if k else args.out / "model.pt"
+            path = args.out / (f"reflow{k}" if k else "") / "model.pt"
             start = models[-1] if k else None
             models.append(train(images, *settings, path, args.fresh, args.compile, start, args.pairs))
         if rank:
