@@ -5974,6 +5974,23 @@ def test_training_wants_squares(module):
     except ValueError as e:
         assert "12x8" in str(e)
 
+def test_sampling_speed():
+    """The images/s that drawing shows count the images that are done, also where the last chunk is smaller."""
+    flat, shape = (lambda x, t: 0 * x), (5, 1, 2, 2)
+    draws = [(ddpm, lambda: ddpm.sample(flat, shape, chunk=2)), (ddim, lambda: ddim.sample(flat, shape, 3, chunk=2)),
+             (flow, lambda: flow.sample(flat, shape, 3, chunk=2)),
+             (flow, lambda: flow.make_pairs(flat, shape, 3, chunk=2)),
+             (gan, lambda: gan.sample(gan.Generator(1, 8, 4, 6).eval(), 5, chunk=2))]
+    for module, draw in draws:
+        shown = []
+        progress = lambda what, unit, total, shown=shown: lambda done, each: shown.append((done * each, done == total))
+        with mock.patch.object(module, "Progress", progress):
+            draw()
+        images, ended = zip(*shown)
+        near(images[-1], 5, 1e-9)
+        near(images[len(images) * 2 // 3 - 1], 4, 1e-9)  # the end of the second of three chunks
+        assert ended == (False,) * (len(ended) - 1) + (True,) and list(images) == sorted(set(images))
+
 SPREAD = """
 import contextlib, importlib, os, pathlib, sys, torch
 words = ["--data", "pics", "--size", "8", "--width", "8", "--iters", "2", "--batch", "4", "--samples", "2"]
