@@ -5980,7 +5980,8 @@ def test_sampling_speed():
     draws = [(ddpm, lambda: ddpm.sample(flat, shape, chunk=2)), (ddim, lambda: ddim.sample(flat, shape, 3, chunk=2)),
              (flow, lambda: flow.sample(flat, shape, 3, chunk=2)),
              (flow, lambda: flow.make_pairs(flat, shape, 3, chunk=2)),
-             (gan, lambda: gan.sample(gan.Generator(1, 8, 4, 6).eval(), 5, chunk=2))]
+             (gan, lambda: gan.sample(gan.Generator(1, 8, 4, 6).eval(), 5, chunk=2)),
+             (realnvp, lambda: realnvp.sample(realnvp.RealNVP(1, 8, 8), 5, chunk=2))]
     for module, draw in draws:
         shown = []
         progress = lambda what, unit, total, shown=shown: lambda done, each: shown.append((done * each, done == total))
