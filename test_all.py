@@ -5773,7 +5773,7 @@ def test_checkpointing_resident():
     child = subprocess.run([sys.executable, "-c", CHILD], cwd=HERE, capture_output=True, text=True, check=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     before, some, all_ = map(int, child.stdout.split())
-    assert all_ - some > 90_000 and some - before < 75_000, child.stdout  # kB; a process with CUDA libraries adds 50,000
+    assert all_ - some > 90_000 and some - before < 75_000, child.stdout  # kB; CUDA libraries add 50,000
 
 def test_checkpointing_torch():
     """Against torch's own with the same segments: the same gradients, no more bytes, and no more runs of a layer but
