@@ -70,7 +70,8 @@ def interpolate(x_0, x_1, t):
 
 def loss_flow(model, x_0, x_1, t):
     """The loss that is trained, a scalar: the mean over images and pixels. t: (N,)."""
-    return F.mse_loss(model(interpolate(x_0, x_1, t), t), x_1 - x_0)  # (2), of which the best v is (3)
+    direction = x_1 - x_0  # (3) is its mean where lines cross, the best answer to (2)
+    return F.mse_loss(model(interpolate(x_0, x_1, t), t), direction)  # (2)
 
 def velocity(model, z, t):
     """dz / dt at a float t."""
