@@ -3,754 +3,819 @@
 # dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""Checkpointing: a deep network is trained in little memory, by running parts of it again instead of keeping them.
+"""Gradient checkpointing: train deep networks in little memory by recomputing activations.
 
-Papers: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016, arXiv:1604.06174;
-Griewank, Walther, "Algorithm 799: Revolve", ACM Transactions on Mathematical Software 26, 2000; for unequal layers
-Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal Checkpointing for Heterogeneous Chains", arXiv:1911.13214.
+Papers: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016,
+arXiv:1604.06174; Griewank, Walther, "Algorithm 799: Revolve", ACM TOMS 26, 2000; for unequal
+layers Beaumont et al., "Optimal Checkpointing for Heterogeneous Chains: How to Train Deep Neural
+Networks with Limited Memory", 2019, arXiv:1911.13214.
 
-symbol      in the code     what it is
-f_i, x_i    layers[i], x    layer i of n, i = 0 .. n - 1, and its input; x_n is the output of the last
-w_i         chain.w[i]      bytes of x_i, 64 KB for 128 rows of 128 numbers in float32
-a_i         chain.a[i]      bytes that autograd keeps of layer i: x_i and what is computed inside, but not x_{i+1}
-last_i      chain.last[i]   bytes of x_{i+1} if layer i itself keeps its output, as one that ends in a relu does, else 0
-u_i, c      chain.u, c      seconds of layer i forward, keeping nothing; what a checkpoint costs besides
-s           slots           how many x_i may be held at once beside the one layer that is in its backward pass
-schedule    schedule        what is run again: [[0, 1, 2], [[3], 4], 5, 6]. A number is a layer whose activations are
-                            kept. A list is a part of which only the input is kept; in the backward pass it is run
-                            again, now as the list says: 0, 1, 2 are kept then; of [3] the input is, so 3 is run thrice
+symbol     in the code    meaning
+f_i, x_i   layers[i], x   layer i = 0 .. n-1 and its input; x_n is the output of the last layer
+w_i        chain.w[i]     bytes of x_i, 65,536 for 128 rows of 128 features in float32
+a_i        chain.a[i]     bytes that autograd stores for layer i: x_i and intermediate results
+u_i        chain.u[i]     seconds of a forward run of layer i without autograd
+s          slots          number of layer inputs that may be stored at any time, x_0 among them
+schedule   schedule       nested list. A number: store this layer's activations. A list: store only
+                          the input of this part and recompute it, as the inner list says
 
-For the gradients of a loss L(x_n) the chain rule takes the layers in the opposite order to that in which they are run,
-  (1) dL/dx_i = dL/dx_{i+1} df_i/dx_i, dL/dp_i = dL/dx_{i+1} df_i/dp_i, all at x_i; p_i: the parameters of f_i
-so every x_i is kept from the forward to the backward pass, and with it what f_i has computed inside: n a bytes. But
-  (2) x_j = f_{j-1}(.. f_i(x_i)) can be computed again from any x_i, i < j, in j - i runs of a layer
-Each layer is run once with a tape, so that autograd keeps a_i. Every schedule has these n runs, and Griewank does not
-count them; t counts the runs without a tape. Equal layers, a = a_i, w = w_i, have this peak in bytes and this n + t:
-  (3) none: n a, n;   every layer alone, but for the last: (n - 1) w + a, 2 n - 1
-  (4) m segments, the last of them kept: (m - 1) w + ceil(n/m) a, 2 n - ceil(n/m); with a = w about (n/k + k) w for
-      segments of k = n/m layers, least at k = sqrt n: 2 sqrt(n) w for at most one more run of each layer [Chen]
-  (5) halves: the first n // 2 layers are run, their input is kept; then the rest is done likewise, then the first half:
-      D(n) = 1 + D(n - n//2), t(n) = n//2 + t(n//2) + t(n - n//2);   D(1) = t(1) = 0, which gives
-      peak D w + a, D = bits of n - 1, about log2 n;   t = ones in 0, 1 .. n - 1 written in binary, <= n/2 log2 n
-  (6) best for s slots: k layers are run first, their input holds a slot, the rest has s - 1, then they have all s:
-      t(l, s) = min over 0 < k < l of k + t(l - k, s - 1) + t(k, s);   t(1, s) = 0, t(l, 0) = infinite for l > 1
-  (7) t(l, s) = r l - C(s + r, r - 1) with r the least that has l <= C(s + r, s) [Griewank]; peak min(s, n - 1) w + a
-For if no layer is to run more than r times without a tape, N(s, r) = N(s, r - 1) + N(s - 1, r) layers can be done:
-those run first, and the rest. N is 1 for s = 0 or r = 0, so this is Pascal's triangle, N = C(s + r, s).
-Unequal layers i .. j - 1 in M bytes, x_i among them: layer i is kept, or else the first k - i are run again:
-  (8) T(i, j, M) = min of T(i + 1, j, M - a_i) and, over i < k < j, of
-      u_i + .. + u_{k-1} + c + T(k, j, M - w_i) + T(i, k, M);   T(j, j, M) = 0, infinite for M < last_{j-1}
-  (9) seconds of a step = those without checkpoints + u_i for each run without a tape + c for each checkpoint
+     [0, 1, 2, 3]         store everything
+     [[0, 1], 2, 3]       store x_0 and layers 2, 3; recompute 0, 1
+     [[[0], 1], [2], 3]   recompute recursively: layer 0 runs three times, layers 1 and 2 twice
 
-Trip wires: one of the slots holds x_0. f must do the same when run again: what it draws from torch's own generators it
-draws again, and batch-norm moves its statistics once, but a generator of its own, or a counter, goes on. Tensors with a
-gradient that f does not get as arguments must be leaves (parameters). Second derivatives and torch.autograd.grad() are
-refused: gradients are left in .grad, as by backward(). Bytes stored are what autograd keeps, without parameters.
-Differs from the papers in: no cost is put on the backward pass, which all schedules share; (8) in steps of 1/500 of the
-budget and for at most 100 blocks of layers.
+Backpropagation visits the layers in reverse order and needs x_i at each of them:
 
-python checkpointing.py --strategy slots --slots 5               trains 100 layers, 5 inputs held at once
-python checkpointing.py --compare --depth 1000 --budget 6.5      sqrt: 1/21 of the memory at 1.21 times the seconds
+  (1) ∂L/∂x_i = ∂L/∂x_{i+1} ∂f_i/∂x_i,  ∂L/∂θ_i = ∂L/∂x_{i+1} ∂f_i/∂θ_i    θ_i: parameters of f_i
+
+Plain training stores a_0 + ... + a_{n-1} bytes. But x_j can be recomputed from any stored x_i:
+
+  (2) x_j = f_{j-1}(... f_i(x_i)),  i < j, at the price of j - i more forward runs
+
+Every schedule runs each layer once with autograd recording (n runs); t counts the other runs.
+For equal layers, w_i = w and a_i = a:
+
+      strategy        peak bytes                 forward runs n + t
+  (3) none            n a                        n
+      every           (n - 1) w + a              2n - 1
+  (4) m segments      (m - 1) w + ⌈n/m⌉ a        2n - ⌈n/m⌉                                [Chen]
+  (5) halves          D w + a, D = ⌈log₂ n⌉      t(n) = ⌊n/2⌋ + t(⌊n/2⌋) + t(⌈n/2⌉),  t(1) = 0
+      binomial        min(s, n - 1) w + a        (6), (7)                              [Griewank]
+
+(4) is least near m = √(n a/w): for a = w it is 2√n w, at most one more run of each layer.
+(5) stores x_0, runs the first half, treats the second half likewise, and then the first half.
+With s slots, store x_0, run k layers, treat the rest with s - 1 slots, then the first k with s:
+
+  (6) t(n, s) = min over 0 < k < n of k + t(n - k, s - 1) + t(k, s),   t(1, s) = 0, t(n, 0) = ∞
+
+If no layer may have more than r of these runs, N(s, r) = N(s, r - 1) + N(s - 1, r) layers can be
+treated: the first k and the rest. This is Pascal's triangle, N = C(s + r, s). The layers beyond
+N(s, r - 1) have r runs, and of the others C(s + j - 1, j) have j runs; adding up,
+
+  (7) t(n, s) = r n - C(s + r, r - 1),   r the smallest integer with n ≤ C(s + r, s)   [Griewank]
+
+Unequal layers: T(i, j, M) is the least time of the other runs of layers i .. j-1 in M bytes, x_i
+counted (Beaumont et al. subtract it before). Store layer i, or checkpoint layers i .. k-1:
+
+  (8) T(i, j, M) = min of T(i + 1, j, M - a_i) and, over i < k < j,
+                   u_i + ... + u_{k-1} + T(k, j, M - w_i) + T(i, k, M)
+      T(j, j, M) = 0;  ∞ where M < 0
+
+A checkpoint can be made in two ways, which torch.utils.checkpoint calls use_reentrant:
+
+- True, checkpoint_reentrant() here: an autograd function that stores only its input. Its backward
+  pass recomputes f and calls backward() inside the backward pass. Autograd sees nothing but what
+  goes into f and comes out, so no autograd.grad(), no backward(inputs=...), no other outputs.
+- False, checkpoint() here: f is recorded as usual, but each tensor that autograd would store is
+  replaced by its number. The first number that is asked for makes f run again. The graph is that
+  of the plain call, and so are gradients, hooks, and outputs of any kind.
+
+Pitfalls:
+- f runs twice and must do the same. For the second run torch's global random generators, autocast,
+  the buffers of the modules that f calls (so batch norm's statistics move once), and lists, dicts
+  and objects among the arguments are as in the first. Python's and NumPy's generators and
+  whatever else f writes to are not: a list that f appends to from outside gets two entries.
+- checkpoint() refuses in the backward pass arguments and parameters that were changed in place,
+  and other tensors to store than in the first run. It cannot see a change of a tensor that is
+  neither an argument, nor a module's parameter, nor stored by autograd.
+- On Linux's CPU allocator the memory that checkpoint() frees may stay fragmented; the variable
+  MALLOC_MMAP_THRESHOLD_=65536 in the environment cures that. checkpoint_reentrant() needs no cure.
+- Peak bytes are without parameters. If a layer stores its output, as relu does, so does the next
+  one as its input: a_i counts it twice, and the prediction is an upper bound.
+- The last segment is stored. Break it: return `parts` in segments(), and
+  test_checkpointing_eq3_4_5_6_7_bytes_and_runs fails.
+
+Differences from the papers:
+- The backward pass has no cost of its own, because all schedules share it.
+- (8) counts bytes in steps of about 1/500 of the budget, and at most 100 blocks of layers.
+
+python checkpointing.py --strategy binomial --slots 5          trains 100 layers, 5 inputs stored
+python checkpointing.py --compare --depth 1000 --budget 6.5    sqrt: 1/21 of the bytes of none
 """
-import argparse, collections, contextlib, functools, gzip, hashlib, http.client, inspect, io, itertools, math
-import statistics, sys, time, urllib.request, weakref, warnings, zipfile
+
+import argparse
+import collections
+import contextlib
+import copy
+import functools
+import io
+import itertools
+import math
+import os
+import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint_sequential
+from PIL import Image, ImageDraw, ImageFont
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-# --------------------------------------------------------------------------------------------------------- method -----
-# checkpoint() is for any f; to use it elsewhere, take what stands above run().
-class Checkpoint(torch.autograd.Function):
-    """f(*leaves), of which only the leaves are kept. The backward pass runs f again, this time with a tape."""
 
-    @staticmethod
-    def forward(ctx, f, *leaves):
-        ctx.f, ctx.others = f, [None if torch.is_tensor(v) else v for v in leaves]
-        ctx.save_for_backward(*(v if torch.is_tensor(v) else None for v in leaves))  # so changes to them are noticed
-        ctx.set_materialize_grads(False)
-        ctx.states, ctx.casts = surroundings({v.device for v in leaves if torch.is_tensor(v)})
-        with autocast(ctx.casts):
-            return f(*leaves)
+# ------------------------------------------------------------------------------------- method: the core ------------
+class Reentrant(torch.autograd.Function):
+    """f(x), storing only x. The backward pass runs f again, with recording, and goes back through that."""
 
     @staticmethod
-    def backward(ctx, *grads):
-        if torch.is_grad_enabled() or not torch.autograd._is_checkpoint_valid():
-            raise RuntimeError("checkpoint: only a plain loss.backward() can go back through it, not autograd.grad(), "
-                               "not inputs=, and not create_graph=True, as there is no second derivative")
-        leaves = [other if v is None else v.detach().requires_grad_(needs)
-                  for v, other, needs in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad[1:])]
-        with replay(ctx.states), autocast(ctx.casts), torch.enable_grad():
-            outputs = ctx.f(*leaves)  # (2)
-        pairs = [(y, d_y) for y, d_y in zip(outputs, grads) if d_y is not None and y.requires_grad]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs))  # (1)
-        return None, *(v.grad if torch.is_tensor(v) else None for v in leaves)
+    def forward(ctx, f, root, x):
+        ctx.f = f
+        ctx.conditions = Conditions()
+        ctx.save_for_backward(x)
+        with ctx.conditions.first_run(), autocast(ctx.conditions.autocast):
+            return f(x)  # inside a Function, autograd records nothing
 
-def checkpoint(f, *inputs, **named):
-    """f(*inputs, **named), whose activations are dropped and computed again in the backward pass.
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("checkpoint_reentrant() has no second derivatives, but checkpoint() has")
+        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[2])
+        with ctx.conditions.second_run(), torch.enable_grad():
+            y = ctx.f(x)  # (2)
+        if y.requires_grad:
+            y.backward(grad)  # (1); the gradients of parameters are added to their .grad
+        return None, None, x.grad
 
-    Tensors may lie in tuples, lists and dicts, beside anything else, on the way in and out."""
+
+def checkpoint_reentrant(f, x):
+    """f(x), storing only x. f: a tensor -> a tensor; only loss.backward() can follow."""
+    root = torch.empty(0, requires_grad=True)  # so that backward() is called even if only f's parameters need gradients
+    return Reentrant.apply(f, root, x)
+
+
+def run(layers, schedule, x, checkpoint=checkpoint_reentrant):
+    """The output of the chain of layers for x, stored and recomputed as the schedule says."""
     if not torch.is_grad_enabled():
-        return f(*inputs, **named)
-    root = torch.empty(0, requires_grad=True)  # f's parameters may want a gradient where no input does
-    leaves, form = tree_flatten((inputs, named, root))
-    out_form = None
-
-    def flat(*leaves):
-        nonlocal out_form
-        args, kwargs, _ = tree_unflatten(leaves, form)
-        outputs, out_form = tree_flatten(f(*args, **kwargs))
-        return tuple(outputs)
-
-    outputs = Checkpoint.apply(flat, *leaves)  # sets out_form, too
-    return tree_unflatten(outputs, out_form)
-
-def surroundings(devices):
-    """What else f's result depends on, on the CPU and the devices: [(generator, its state)] and autocast's settings."""
-    generators, kinds = [torch.default_generator], {"cpu", *(device.type for device in devices)}
-    generators += [torch.cuda.default_generators[device.index] for device in devices if device.type == "cuda"]
-    generators += [torch.mps._get_default_mps_generator() for device in devices if device.type == "mps"]
-    casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-             for kind in kinds if torch.amp.is_autocast_available(kind)]
-    return [(generator, generator.get_state()) for generator in generators], casts
-
-def autocast(casts):
-    """Autocast as it was, but without its cache, which would keep weights that were cast without a gradient."""
-    stack = contextlib.ExitStack()
-    for kind, dtype, on in casts:
-        if on or torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, dtype, on, cache_enabled=False))
-    return stack
-
-REPLAYS = []
-
-@contextlib.contextmanager
-def replay(states):
-    """Draws the random numbers of the first run again, and keeps the running statistics of batch-norm still."""
-    norm, now = nn.modules.batchnorm._NormBase, [(generator, generator.get_state()) for generator, _ in states]
-    has = lambda self: not self.training and vars(self)["track_running_stats"]
-    hold = lambda self, value: vars(self).update(track_running_stats=value)
-    REPLAYS.append(None)  # more than one where backward passes of several devices run side by side
-    try:
-        norm.track_running_stats = property(has, hold)  # goes before what the layers themselves have
-        for generator, state in states:
-            generator.set_state(state)
-        yield
-    finally:
-        for generator, state in now:
-            generator.set_state(state)
-        REPLAYS.pop()
-        if not REPLAYS:
-            del norm.track_running_stats
-
-def run(layers, schedule, x):
-    """The chain of layers on x, by the schedule: a number is a layer, a list a part that is checkpointed."""
+        schedule = flatten(schedule)  # nothing is stored
     for part in schedule:
-        x = layers[part](x) if isinstance(part, int) else checkpoint(functools.partial(run, layers, part), x)
+        if isinstance(part, int):
+            x = layers[part](x)
+        else:
+            x = checkpoint(functools.partial(run, layers, part, checkpoint=checkpoint), x)
     return x
 
-# Schedules. Of equal layers they keep, and run again, what the equations say.
-def segments(n, m):
-    """m parts, equally long or nearly so, of which the last is kept: 1 is no checkpoint, n are every layer alone."""
-    cuts = [n * i // m for i in range(m + 1)]
-    return [*(list(range(i, j)) for i, j in zip(cuts, cuts[1:-1])), *range(cuts[-2], n)]  # (4)
 
-def by_halves(n, i=0):
+def flatten(schedule):
+    """The layers of a schedule, in order."""
+    layers, todo = [], [schedule]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, int):
+            layers.append(part)
+        else:
+            todo.extend(reversed(part))
+    return layers
+
+
+def segments(n, m):
+    """m parts of nearly equal length. The last is stored, because the backward pass starts there."""
+    cuts = [n * i // m for i in range(m + 1)]
+    parts = [list(range(i, j)) for i, j in zip(cuts, cuts[1:])]
+    return parts[:-1] + parts[-1]  # (4)
+
+
+def halves(n, first=0):
+    """Layers first .. first + n - 1, the first half recomputed, and each half likewise."""
+    if n == 1:
+        return [first]
     k = n // 2
-    return [by_halves(k, i), *by_halves(n - k, i + k)] if k else [i]  # (5)
+    return [halves(k, first)] + halves(n - k, first + k)  # (5)
+
 
 @functools.cache
-def closed_form(n, slots):
-    """t(n, slots): the least number of runs without a tape."""
-    if min(n - 1, slots) < 1:
-        return 0 if n == 1 else math.inf
-    r = next(r for r in itertools.count() if n <= math.comb(slots + r, slots))
-    return r * n - math.comb(slots + r, r - 1)  # (7)
+def extra_runs(n, s):
+    """t(n, s): the least number of runs without recording for n layers in s slots."""
+    if n == 1:
+        return 0
+    if s == 0:
+        return math.inf
+    r = 0
+    while math.comb(s + r, s) < n:
+        r += 1
+    return r * n - math.comb(s + r, r - 1)  # (7)
 
-def in_slots(n, slots, i=0):
-    """The fewest runs with so many inputs held at a time. ValueError if a layer would run over 61 times."""
-    if math.comb(slots + 60, slots) < n:
-        raise ValueError(f"--slots {slots}: too few for {n} layers, of which some would run more than 61 times")
-    parts = []
-    while n > 1:
-        k = min(range(1, n), key=lambda k: k + closed_form(n - k, slots - 1) + closed_form(k, slots))  # (6)
-        parts.append(in_slots(k, slots, i))
-        i, n, slots = i + k, n - k, slots - 1
-    return [*parts, i]
 
-STRATEGIES = {"none": lambda n, slots: segments(n, 1), "every": lambda n, slots: segments(n, n),  # (3)
-              "sqrt": lambda n, slots: segments(n, math.isqrt(n - 1) + 1),
-              "recursive": lambda n, slots: by_halves(n), "slots": in_slots}
+def binomial(n, s, first=0):
+    """The schedule of n layers with the fewest runs for s slots, also known as Revolve."""
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * n))  # one slot nests n deep
+    if n == 1:
+        return [first]
+    k = min(range(1, n), key=lambda k: k + extra_runs(n - k, s - 1) + extra_runs(k, s))  # (6)
+    return [binomial(k, s, first)] + binomial(n - k, s - 1, first + k)
 
-# By layer, as above, but for c. last counts where no other layer follows in a part.
-Chain = collections.namedtuple("Chain", "u w a last c")
+
+def choose_schedule(layers, x, strategy="sqrt", slots=10, budget=4.0):
+    """The schedule of a strategy for layers with input x. ValueError if it is unknown, or budget MB are too few."""
+    n = len(layers)
+    m = {"none": 1, "every": n, "sqrt": math.isqrt(n - 1) + 1}
+    if strategy in m:
+        return segments(n, m[strategy])  # (3)
+    if strategy == "recursive":
+        return halves(n)
+    if strategy == "binomial":
+        return binomial(n, slots)
+    if strategy == "budget":
+        return in_budget(measure(layers, x), budget * 1e6)
+    raise ValueError(f"strategy {strategy!r} is none of {STRATEGIES}")
+
+
+STRATEGIES = ["none", "every", "sqrt", "recursive", "binomial", "budget"]
+
+
+# ---------------------------------------------------------------------------- method: for real networks ------------
+def checkpoint(f, *args, **kwargs):
+    """f(*args, **kwargs), without storing activations: f runs again when the backward pass needs them.
+
+    f may return anything. RuntimeError in the backward pass if the second run does not do what the first did."""
+    if not torch.is_grad_enabled():
+        return f(*args, **kwargs)
+    call = Call(f, args, kwargs)
+    with call.conditions.first_run():
+        output, call.notes = call.run(args, kwargs)
+    call.kept = {}
+    return output
+
+
+class Call:
+    """A call of checkpoint(): hands numbers to autograd in place of the tensors that it wants to store."""
+
+    def __init__(self, f, args, kwargs):
+        self.f = f
+        self.conditions = Conditions()
+        tensors = []
+
+        def number(tensor):
+            if tensor.is_inference():
+                return tensor
+            tensors.append(tensor)
+            return Number(len(tensors) - 1)
+
+        self.arguments = rebuild([args, kwargs], torch.Tensor, number, {})
+        root = torch.empty(0, requires_grad=True)
+        self.saver = Saver.apply(root, *tensors).grad_fn
+
+    def run(self, args, kwargs):
+        """(what f returns, a note of each tensor that autograd wants to store)."""
+        notes = []
+        self.kept = {}  # {number: (tensor, version)} during a run, and after the second until autograd asks
+        self.running = True
+
+        def store(tensor):
+            i = len(notes)
+            address = tensor.data_ptr() if tensor.layout == torch.strided else i
+            version = tensor._version  # counts the changes in place
+            notes.append((tensor.dtype, tensor.shape, tensor.device, address, version))
+            self.kept[i] = tensor.detach(), version
+            return i
+
+        with saved_tensors_hooks(store, self.look_up):
+            output = self.f(*args, **kwargs)
+        self.running = False
+        return output, notes
+
+    def look_up(self, i):
+        """Tensor i, for autograd. While f runs it is kept, as f itself may call torch.autograd.grad()."""
+        if i not in self.kept:
+            self.run_again()
+        tensor, version = self.kept[i] if self.running else self.kept.pop(i)
+        if tensor._version != version:
+            raise RuntimeError("checkpoint: a tensor that the backward pass needs was changed in place")
+        return tensor
+
+    def run_again(self):
+        """Runs f again. RuntimeError if it does not store the same tensors."""
+        tensors = self.saver.saved_tensors  # RuntimeError if one was changed in place
+        args, kwargs = rebuild(self.arguments, Number, tensors.__getitem__, {})
+        with self.conditions.second_run(), torch.enable_grad():
+            _, notes = self.run(args, kwargs)  # (2)
+        kept, self.kept = self.kept, {}
+        for before, now in itertools.zip_longest(self.notes, notes, fillvalue="nothing"):
+            if before[:3] != now[:3] or before[3:4] == now[3:4] and before != now:
+                raise RuntimeError(f"checkpoint: when run again, f stores {now} in place of {before}")
+        self.kept = kept
+
+
+class Saver(torch.autograd.Function):
+    """Stores arguments as autograd does: changes in place are noticed, and a checkpoint around this one drops them."""
+
+    @staticmethod
+    def forward(ctx, root, *tensors):
+        ctx.save_for_backward(*tensors)
+        return root.clone()
+
+
+class Number(int):
+    """Stands for an argument that is a tensor."""
+
+
+def rebuild(value, kind, change, copies):
+    """value with change(v) for each v of this kind in it, and copies of its lists, dicts and objects, for f to fill.
+
+    copies: {id: copy} of what was met before. Modules, functions and what cannot be copied stay the same."""
+    if isinstance(value, kind):
+        return change(value)
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, tuple):
+        make = getattr(value, "_make", type(value))  # a named tuple takes its items one by one
+        return make([rebuild(v, kind, change, copies) for v in value])
+    if callable(value) or isinstance(value, torch.Tensor):
+        return value
+    try:
+        new = copies[id(value)] = copy.copy(value)
+    except Exception:  # of many kinds
+        return value
+    if isinstance(new, list):
+        new[:] = [rebuild(v, kind, change, copies) for v in value]
+    elif isinstance(new, dict):
+        dict.update(new, {key: rebuild(v, kind, change, copies) for key, v in value.items()})
+    elif new is not value and hasattr(new, "__dict__"):
+        vars(new).update({name: rebuild(v, kind, change, copies) for name, v in vars(value).items()})
+    return new
+
+
+class Conditions:
+    """What f depends on besides its arguments: random generators, autocast, and the modules that it calls."""
+
+    def __init__(self):
+        kinds = [kind for kind in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(kind)]
+        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+        self.random = random_states()
+        self.buffers = {}  # {(module, name): value before the first run}
+
+    @contextlib.contextmanager
+    def first_run(self):
+        """Notes the parameters of the modules that this thread calls, and the buffers that change."""
+        thread = threading.get_ident()
+        called, found = [], {}
+
+        def look(module, args):
+            if threading.get_ident() == thread:
+                called.append(module)
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and not nn.parameter.is_lazy(buffer) and (module, name) not in found:
+                        found[module, name] = buffer, buffer._version, buffer.detach().clone()
+
+        hook = nn.modules.module.register_module_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
+        self.parameters = [(p, p._version) for m in called for p in m._parameters.values() if p is not None]
+        for key, (buffer, version, value) in found.items():
+            changed = getattr(*key) is not buffer or buffer._version != version
+            if changed or buffer.dim() < 2:  # batch norm changes its statistics without a new version
+                self.buffers[key] = value
+        if all(torch.equal(state, now) for (_, state), (_, now) in zip(self.random, random_states())):
+            self.random = []  # f draws no random numbers
+
+    @contextlib.contextmanager
+    def second_run(self):
+        """As in the first run, for this thread; afterwards everything is as it is now."""
+        if any(p._version != version for p, version in self.parameters):
+            raise RuntimeError("checkpoint: a parameter was changed in place between the forward and the backward pass")
+        random = random_states() if self.random else []
+        buffers = {key: getattr(*key) for key in self.buffers}
+        try:
+            for key, value in self.buffers.items():
+                setattr(*key, value.clone())
+            set_random(self.random)
+            with autocast(self.autocast):
+                yield
+        finally:
+            for key, buffer in buffers.items():
+                setattr(*key, buffer)
+            set_random(random)
+
+
+def random_states():
+    """[(function that sets it, state)] of torch's global random generators."""
+    states = [(torch.set_rng_state, torch.get_rng_state())]
+    for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        states.append((functools.partial(torch.cuda.set_rng_state, device=i), torch.cuda.get_rng_state(i)))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return states
+
+
+def set_random(states):
+    for set_state, state in states:
+        set_state(state)
+
+
+def autocast(settings):
+    """A context with autocast as it was, but for its cache, which may hold casts that were made without recording."""
+    stack = contextlib.ExitStack()
+    for kind, dtype, enabled in settings:
+        if enabled or torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+    return stack
+
+
+# ------------------------------------------------------------------------------- method: unequal layers ------------
+Chain = collections.namedtuple("Chain", "w a u")  # three lists, with a number for each layer
+
 
 def in_budget(chain, budget, steps=500, blocks=100):
-    """The fastest schedule that never holds more than budget bytes, made of blocks of layers if these are too many.
+    """The fastest schedule that never stores more than budget bytes. ValueError if there is none.
 
-    ValueError if there is none. Bytes are counted in units, about budget / steps and a multiple of what divides all
-    sizes; a size is rounded up to them."""
+    Memory is counted in units of about budget / steps bytes, and sizes are rounded up to them. More layers than
+    blocks are grouped into blocks."""
     n = min(len(chain.u), blocks)
     cuts = [len(chain.u) * i // n for i in range(n + 1)]
-    u, a = ([sum(values[i:j]) for i, j in zip(cuts, cuts[1:])] for values in (chain.u, chain.a))
-    w, last = [chain.w[i] for i in cuts[:-1]], [chain.last[j - 1] for j in cuts[1:]]
-    least = max(w[0] * (i > 0) + a[i] + last[i] for i in range(n))  # x_0 is among what layer 0 keeps
-    room = max(0, min(budget, sum(a) + max(last)))  # of nan bytes, no room
-    grain = math.gcd(*w, *a, *last) or 1
-    unit = grain * max(1, math.ceil(room / grain / steps))
-    most = int(room // unit)  # M and sizes are counted in units from here on
-    w, a, last = ([min(math.ceil(v / unit), most + 1) for v in values] for values in (w, a, last))
-    before, T = np.array([0, *itertools.accumulate(u)]), np.full((n + 1, n + 1, most + 1), np.inf)
-    best = np.zeros(T.shape, int)
-    for j in range(1, n + 1):
-        T[j, j, last[j - 1] :] = 0
+    u = np.add.reduceat(chain.u, cuts[:-1])  # sums over the blocks
+    a = np.add.reduceat(chain.a, cuts[:-1])
+    w = np.array(chain.w)[cuts[:-1]]
+    room = max(0, min(budget, a.sum()))
+    divisor = np.gcd.reduce([*a, *w])
+    unit = divisor * max(1, math.ceil(room / divisor / steps))
+    M = int(room // unit)
+    a = np.minimum(-(-a // unit), M + 1)  # rounded up
+    w = np.minimum(-(-w // unit), M + 1)
+
+    T = np.full((n + 1, n + 1, 2 * M + 2), np.inf)  # the last axis is memory, from -M - 1 to M
+    best = np.zeros(T.shape, int)  # which term of (8) is least: 0 to store layer i, else k - i
+
+    def memory(less):
+        """The part of the last axis from -less to M - less."""
+        return slice(M + 1 - less, 2 * M + 2 - less)
+
+    for j in range(n + 1):
+        T[j, j, memory(0)] = 0
         for i in reversed(range(j)):
-            costs = np.full((j - i, most + 1), np.inf)
-            costs[0, a[i] :] = T[i + 1, j, : most + 1 - a[i]]
-            again = (before[i + 1 : j] - before[i] + chain.c)[:, None]
-            costs[1:, w[i] :] = again + T[i + 1 : j, j, : most + 1 - w[i]] + T[i, i + 1 : j, w[i] :]  # (8)
-            T[i, j], best[i, j] = costs.min(0), i + costs.argmin(0)
-    if not np.isfinite(T[0, n, most]):
-        raise ValueError(f"--budget {budget / 1e6:g}: these layers need about {least / 1e6:.3g} MB or more")
+            store = T[i + 1, j, memory(a[i])]
+            runs = np.cumsum(u[i : j - 1])[:, None]
+            recompute = runs + T[i + 1 : j, j, memory(w[i])] + T[i, i + 1 : j, memory(0)]  # a row for each k
+            terms = np.vstack([store, recompute])
+            T[i, j, memory(0)] = terms.min(0)  # (8)
+            best[i, j, memory(0)] = terms.argmin(0)
+    if T[0, n, -1] == np.inf:
+        raise ValueError(f"--budget {budget / 1e6:g}: too small for these layers")
 
     def plan(i, j, M):
-        k = best[i, j, M]
-        if i < k:
-            return [plan(i, k, M), *plan(k, j, M - w[i])]
-        return [*range(cuts[i], cuts[i + 1]), *plan(i + 1, j, M - a[i])] if i < j else []
-    return plan(0, n, most)
+        """The schedule of blocks i .. j-1; M: an index of the last axis, from its end."""
+        if i == j:
+            return []
+        k = i + best[i, j, M]
+        if k == i:
+            return [*range(cuts[i], cuts[i + 1]), *plan(i + 1, j, M - a[i])]
+        return [plan(i, k, M), *plan(k, j, M - w[i])]
 
-def predict(schedule, chain, held=0):
-    """-> the most bytes that a schedule ever holds and the seconds of all that it runs forward."""
-    leaves = lambda part: [part] if isinstance(part, int) else [i for inner in part for i in leaves(inner)]
-    peak = seconds = 0
-    for part in schedule:
-        own = leaves(part)
-        seconds += sum(chain.u[i] for i in own)
-        if isinstance(part, int):
-            held += chain.a[part]
-            peak = max(peak, held + chain.last[part] * (part == schedule[-1]))
-        else:
-            inner, again = predict(part, chain, held)
-            held += chain.w[own[0]]
-            peak, seconds = max(peak, inner), seconds + again + chain.c
-    return peak, seconds
+    return plan(0, n, -1)
 
-# -------------------------------------------------------------------------------------------------------- network -----
-# Any chain of layers would do above. Here it is one of equals; what lies before and after it is no part of it.
+
+def predict(schedule, chain):
+    """(peak bytes, runs of a layer) of a schedule."""
+    peak = runs = 0
+    todo = [(schedule, 0, 1)]
+    while todo:
+        parts, held, times = todo.pop()
+        for part in parts:
+            if isinstance(part, int):
+                held += chain.a[part]
+                runs += times
+            else:
+                todo.append((part, held, times + 1))
+                held += chain.w[flatten(part)[0]]
+        peak = max(peak, held)
+    return peak, runs
+
+
+# -------------------------------------------------------------------------------------------- measuring ------------
+class Tally(saved_tensors_hooks):
+    """Context that counts the bytes that autograd stores, without the tensors in own: now() and their peak.
+
+    A storage counts once, until the last tensor in it is released."""
+
+    def __init__(self, own):
+        super().__init__(self.store, lambda stored: stored())
+        self.own = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self.sizes = weakref.WeakKeyDictionary()  # {what autograd has got: (storage, bytes)}
+        self.peak = 0
+
+    def store(self, tensor):
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage()
+        stored = functools.partial(torch.Tensor.detach, tensor)
+        if storage.data_ptr() not in self.own:
+            self.sizes[stored] = storage.data_ptr(), storage.nbytes()
+            self.peak = max(self.peak, self.now())
+        return stored
+
+    def now(self):
+        return sum(dict(self.sizes.values()).values())
+
+
+def forward_backward(layers, schedule, x, checkpoint=checkpoint_reentrant):
+    """A forward and a backward pass of the chain, with x (N, width) as input and as gradient of the output."""
+    run(layers, schedule, x.detach().requires_grad_(), checkpoint).backward(x)
+
+
+def count(layers, schedule, x, checkpoint=checkpoint_reentrant):
+    """(peak bytes stored without parameters, runs of a layer) of a forward and a backward pass."""
+    runs = []
+
+    def counted(layer, x):
+        runs.append(layer)
+        return layer(x)
+
+    own = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+    tally = Tally(own)
+    with tally:
+        forward_backward([functools.partial(counted, layer) for layer in layers], schedule, x, checkpoint)
+    return tally.peak, len(runs)
+
+
+def clock(jobs, device):
+    """Median seconds of each job over 7 rounds in which they take turns, after one of warm-up."""
+    seconds = np.zeros((8, len(jobs)))
+    for row in seconds:
+        for i, job in enumerate(jobs):
+            start = time.perf_counter()
+            job()
+            torch.zeros(1, device=device).item()  # waits for the device
+            row[i] = time.perf_counter() - start
+    return np.median(seconds[1:], 0)
+
+
+def measure(layers, x):
+    """The Chain of the layers, each measured alone. x: the input of the first."""
+    chain = Chain([], [], [])
+    for layer in layers:
+        with torch.no_grad():
+            chain.u.extend(clock([functools.partial(layer, x)], x.device))
+        x = x.detach().requires_grad_()
+        chain.w.append(x.untyped_storage().nbytes())
+        tally = Tally([x, *layer.parameters(), *layer.buffers()])
+        with tally:
+            x = layer(x)
+        chain.a.append(chain.w[-1] + tally.now())
+    return chain
+
+
+# ---------------------------------------------------------------------------------------------- network ------------
 class ResidualLayer(nn.Module):
-    """x + W_2 relu(W_1 x + b_1) + b_2, x (N, width). Keeps x and the relu."""
+    """x + W_2 relu(W_1 x + b_1) + b_2, x (N, width). Autograd stores x and the output of relu."""
 
-    def __init__(self, width, depth=1, hidden=None):
+    def __init__(self, width, depth=1):
         super().__init__()
-        self.inner, self.outer = nn.Linear(width, hidden or width), nn.Linear(hidden or width, width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
         for p in self.outer.parameters():
-            p.data /= depth**0.5  # so the sum over all layers stays in bounds
+            p.data /= depth**0.5  # keeps the variance of the sum of all layers bounded
 
     def forward(self, x):
         return x + self.outer(F.relu(self.inner(x)))
 
-class Denoiser(nn.Module):
-    """Images with noise on them -> the images, by a chain of equal layers. x (N, channels, size, size)."""
 
-    def __init__(self, channels=1, size=28, width=128, depth=100):
-        super().__init__()
-        self.shape = (channels, size, size)
-        self.first, self.last = nn.Linear(channels * size * size, width), nn.Linear(width, channels * size * size)
-        self.layers = nn.ModuleList(ResidualLayer(width, depth) for _ in range(depth))
+def make_chain(width=128, depth=100):
+    """depth equal layers. run() takes any other list of layers as well."""
+    return nn.ModuleList(ResidualLayer(width, depth) for _ in range(depth))
 
-    def forward(self, x, schedule=None):
-        h = run(self.layers, schedule or range(len(self.layers)), self.first(x.flatten(1)))
-        return self.last(h).unflatten(1, self.shape)
 
-# ------------------------------------------------------------------------------------------------------- counting -----
-class Tally(torch.autograd.graph.saved_tensors_hooks):
-    """Counts, while it is entered, the bytes of the storages that are kept for the backward pass, and their peak.
+# --------------------------------------------------------------------------------------------- training ------------
+def train(iters=300, batch=128, lr=1e-3, width=128, depth=100, device="cpu", seed=0, path=None, fresh=False, **choice):
+    """Trains a chain of layers and returns it. Seeds torch's global generator.
 
-    A storage counts once, however many tensors lie in it, until the last of them is let go; those of own never do."""
-
-    def __init__(self, own):
-        super().__init__(self.store, lambda stored: stored())
-        self.peak, self.kept = 0, weakref.WeakKeyDictionary()  # what gives a tensor back: its storage, bytes
-        self.own = {v.untyped_storage().data_ptr() for v in own}
-
-    def store(self, v):
-        v, storage = v.detach(), v.untyped_storage()
-        stored = lambda: v
-        if storage.data_ptr() not in self.own:
-            self.kept[stored] = storage.data_ptr(), storage.nbytes()
-            self.peak = max(self.peak, sum(self.sizes().values()))
-        return stored
-
-    def sizes(self):
-        """{storage: bytes} of what is kept now."""
-        return dict(self.kept.values())
-
-def there_and_back(way, layers, x):
-    """A forward and a backward pass, gradients into .grad. way: a schedule, or what takes layers and x (N, width)."""
-    x = x.detach().requires_grad_()
-    y = way(layers, x) if callable(way) else run(layers, way, x)
-    torch.autograd.backward(y, torch.ones_like(y))
-
-def count(way, layers, x):
-    """-> the peak of the bytes stored in a step, parameters not counted, and how often a layer was run."""
-    runs = []
-    counted = [lambda x, layer=layer: runs.append(layer) or layer(x) for layer in layers]
-    with (tally := Tally(v for layer in layers for v in (*layer.parameters(), *layer.buffers()))):
-        there_and_back(way, counted, x)
-    return tally.peak, len(runs)
-
-def clock(jobs, device, rounds=7):
-    """Seconds that each of the functions takes, the median of so many rounds, in which they take turns."""
-    wait, seconds = getattr(torch, device.type).synchronize, [[] for _ in jobs]
-    for _, (job, taken) in itertools.product(range(rounds + 1), zip(jobs, seconds)):
-        start = time.perf_counter()
-        job()
-        wait()
-        taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[1:]) for taken in seconds]  # the first round warms up, and ends what was under way
-
-def profile(layers, x):
-    """-> Chain, measured layer by layer. x (N, width); the layers are run, so their statistics move."""
-    rows, root = [], torch.zeros(1, device=x.device, requires_grad=True)
-    for layer in layers:
-        with torch.no_grad():
-            u = clock([functools.partial(layer, x)], x.device, 3)[0]
-        x = x.detach().requires_grad_()
-        w = x.untyped_storage().nbytes()
-        with (tally := Tally([x, *layer.parameters(), *layer.buffers()])):
-            y = layer(x)
-        last = tally.sizes().get(y.untyped_storage().data_ptr(), 0)
-        rows.append((u, w, w + sum(tally.sizes().values()) - last, last))
-        x = y
-    return Chain(*zip(*rows), clock([lambda: torch.autograd.backward(checkpoint(torch.neg, root))], x.device)[0])
-
-def choose_schedule(strategy, layers, x, slots=10, budget=4.0):
-    """The schedule of one of STRATEGIES, or "budget", of so many MB. x: what the layers get. ValueError if too few."""
-    if strategy == "budget":
-        return in_budget(profile(layers, x), budget * 1e6)
-    return STRATEGIES[strategy](len(layers), slots)
-
-def table(ways, layers, x):
-    """Prints what the ways take, {name: schedule, or as there_and_back() has it}, the first without checkpoints.
-
-    Theory is in brackets. Returns the layers' Chain and {name: (MB stored, seconds)} of the schedules."""
-    chain, found, cuda = profile(layers, x), {}, x.device.type == "cuda"
-    seconds = clock([functools.partial(there_and_back, way, layers, x) for way in ways.values()], x.device)
-    print(f"{'strategy':20}| MB stored           | of none | runs of a layer | s a step          | to none"
-          + " | MB, allocator" * cuda)
-    for (name, way), took in zip(ways.items(), seconds):
-        (peak, runs), theory = count(way, layers, x), [""] * 3
-        if not callable(way):
-            least, forth = predict(way, chain)
-            most = predict(way, chain._replace(u=[1] * len(layers), c=0))[1]
-            found[name] = peak / 1e6, took
-            theory = f"({least / 1e6:.3f})", f"({most})", f"({seconds[0] + forth - sum(chain.u):.4f})"  # (9)
-        share = f"1/{found['none'][0] / peak * 1e6:.1f}" if "non-" not in name else "hidden"  # by hooks of its own
-        line = (f"{name:20}| {peak / 1e6:9.3f} {theory[0]:9} | {share:7} | {runs:7} {theory[1]:7} | {took:8.4f} "
-                f"{theory[2]:8} | {took / seconds[0]:7.3f}")
-        if cuda:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            there_and_back(way, layers, x)
-            line += f" | {(torch.cuda.max_memory_allocated() - before) / 1e6:13.1f}"
-        print(line)
-    return chain, found
-
-# ------------------------------------------------------------------------------------------------------- plumbing -----
-# Data, pictures, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
-MNIST_URLS = "https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"
-MNIST_SHA256 = {
-    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-DAMAGED = "not a checkpoint, damaged, or of another network; --fresh trains anew over it"
-
-@contextlib.contextmanager
-def or_say(sentence):
-    """Whatever goes wrong in here is a ValueError with this sentence: of errors, libraries have their own many."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{sentence} ({type(e).__name__})") from None
-
-def write(files):
-    """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
-    parts = {path: path.with_name(path.name + ".part") for path in files}
-    try:
-        for path, raw in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path].write_bytes(raw)
-        for path, part in parts.items():
-            part.replace(path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-def draw_digits(n, size=28, seed=0):
-    """uint8 (n, 1, size, size): image i shows i % 10 in Pillow's font, in one of four widths, warped at random."""
-    g, side, font = torch.Generator().manual_seed(seed), 2 * size, ImageFont.load_default(3.2 * size)
-    glyphs, images = torch.empty(10, 4, 1, side, side), torch.empty(n, 1, size, size, dtype=torch.uint8)
-    for digit, stroke in itertools.product(range(10), range(4)):
-        tile = Image.new("L", (2 * side, 2 * side))
-        ImageDraw.Draw(tile).text((side, side), str(digit), 255, font, "mm", stroke_width=stroke * size // 28)
-        glyphs[digit, stroke, 0] = torch.from_numpy(np.array(tile.reduce(2)))
-    spread = torch.tensor([[0.12, 0.15, 0.06], [0.1, 0.12, 0.06]])
-    maps = torch.eye(2, 3) + spread * (2 * torch.rand(n, 2, 3, generator=g) - 1)
-    for i in torch.arange(n).split(1000):
-        grid = F.affine_grid(maps[i], (len(i), 1, side, side), align_corners=False)
-        drawn = F.grid_sample(glyphs[i % 10, torch.randint(4, (len(i),), generator=g)], grid, align_corners=False)
-        images[i] = F.avg_pool2d(drawn, 2).round().to(torch.uint8)
-    return images
-
-def download_mnist(folder, urls=MNIST_URLS):
-    """MNIST's four files into folder, each from the first mirror that has the right bytes. OSError if none has."""
-    for name, sha256 in MNIST_SHA256.items():
-        reasons = []
-        for url in urls if not (folder / name).exists() else ():
-            try:
-                with urllib.request.urlopen(url + name, timeout=30) as answer:
-                    raw = answer.read()
-                if hashlib.sha256(raw).hexdigest() == sha256:
-                    write({folder / name: raw})
-                    break
-                reasons.append(f"{url}: wrong SHA-256")
-            except (OSError, http.client.HTTPException) as e:
-                reasons.append(f"{url}: {e}")
-        if not (folder / name).exists():
-            raise OSError(f"{name}: no mirror gave it ({'; '.join(reasons)}); --data digits needs no network")
-
-def read_idx(path):
-    """An IDX file of bytes (MNIST's format), gzipped or not -> uint8 array. ValueError if it is none, or cut short."""
-    raw = path.read_bytes()
-    with or_say(f"{path}: not an IDX file of bytes, or empty, or cut short"):
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, 4 + 4 * raw[3], 4)]
-        if raw[:3] != b"\0\0\x08" or not math.prod(shape) or len(raw) != 4 + 4 * raw[3] + math.prod(shape):
-            raise ValueError
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-
-def read_picture(path, size, channels):
-    """The middle square of a picture, on white where it is transparent, scaled -> uint8 (channels, size, size)."""
-    with or_say(f"{path}: not a picture that can be read"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of what it reads all the same, or refuses besides
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-        if picture.mode[0] == "I":  # 16 bits
-            picture = picture.convert("I").point(lambda v: v * (1 / 257))
-        if picture.has_transparency_data:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        picture = ImageOps.fit(picture.convert("RGB" if channels == 3 else "L"), (size, size))
-        return np.array(picture).reshape(size, size, channels).transpose(2, 0, 1)
-
-def load_images(data, size=28, channels=1, test=False):
-    """uint8 (N, channels, size, size) from "digits", "mnist", a folder of IDX files or one of pictures, of which every
-    tenth is kept for the test. ValueError or OSError, in one sentence, for what cannot be read."""
-    folder, part = Path("data/mnist" if data == "mnist" else data), "t10k" if test else "train"
-    if data == "digits":
-        return draw_digits(10_000 if test else 60_000, size, seed=int(test)).expand(-1, channels, -1, -1)
-    if data == "mnist":
-        download_mnist(folder)
-    if not data or not folder.is_dir():
-        raise ValueError(f"--data {data}: no such folder")
-    if idx := sorted(folder.glob("*-images*ubyte*")):
-        path = next((p for p in idx if p.name.startswith(part)), folder / f"{part}-images-idx3-ubyte.gz")
-        x = torch.from_numpy(read_idx(path).copy())
-        if x.dim() != 3:
-            raise ValueError(f"{path}: want images (N, H, W), got {tuple(x.shape)}")
-        if x.shape[1:] != (size, size):
-            x = F.interpolate(x[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
-        return x[:, None].expand(-1, channels, -1, -1)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    if not paths:
-        raise ValueError(f"--data {folder}: neither IDX files nor pictures in it")
-    every = min(10, len(paths))
-    kept = [p for i, p in enumerate(paths) if (i % every == every - 1) == test] or paths
-    return torch.from_numpy(np.stack([read_picture(p, size, channels) for p in kept]))
-
-def to_float(x):
-    """uint8 0 .. 255 -> float32 -1 .. 1."""
-    return x.float() / 127.5 - 1
-
-def to_uint8(x):
-    """float -1 .. 1 -> uint8 0 .. 255, on the CPU; what lies outside is cut."""
-    return (x * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
-
-def save_grid(path, x, columns=8):
-    """Images in -1 .. 1, (N, C, H, W), as one PNG, row by row, small ones enlarged."""
-    x = F.pad(to_uint8(x), (0, 2, 0, 2), value=96)  # a line between the images
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=96)
-    sheet = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-2, :-2]  # (H', W', C)
-    file, zoom = io.BytesIO(), max(1, 64 // x.shape[2])
-    Image.fromarray(sheet.squeeze(2).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()).save(file, "PNG")
-    write({path: file.getvalue()})
-
-def save_samples(out, x):
-    """Images in -1 .. 1, (N, C, H, W): all into out/samples.npy, uint8 (N, H, W[, 3]), 64 into out/samples.png."""
-    file = io.BytesIO()
-    np.save(file, to_uint8(x).permute(0, 2, 3, 1).squeeze(3).numpy())
-    write({out / "samples.npy": file.getvalue()})
-    save_grid(out / "samples.png", x[:64])
-
-def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",)):
-    """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
-    file, state = io.BytesIO(), [part.state_dict() for part in parts]
-    torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
-    rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
-    table = "".join(",".join(row) + "\n" for row in rows).encode()
-    write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
-
-def load_checkpoint(path, methods, device, wanted=()):
-    """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
-    raw = path.read_bytes()
-    with or_say(f"{path}: {DAMAGED}"):
-        if zipfile.ZipFile(io.BytesIO(raw)).testzip():
-            raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
-        state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
-        method, had, _ = state["method"], dict(state["settings"]), state["parts"][2]
-    if method not in methods:
-        raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
-    for name in wanted:
-        if had.get(name) != wanted[name]:
-            raise ValueError(f"{path}: made with {name} {had.get(name)}, not {wanted[name]}; "
-                             "--fresh trains anew over it, --out elsewhere keeps it")
-    return state
-
-def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
-    with or_say(f"{path}: {DAMAGED}"):
-        for part, saved in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
-        torch.set_rng_state(state["rng"].cpu())
-    return state["done"], state["log"]
-
-class Progress:
-    """One line that renews itself in a terminal; elsewhere a line every 20 seconds and one at the end."""
-
-    def __init__(self, what, unit, total, done=0):
-        self.what, self.unit, self.total, self.first = what, unit, total, done
-        self.start = self.shown = time.perf_counter()
-
-    def __call__(self, done, each, note=""):
-        """done of total rounds are over, each of them worth `each` units."""
-        now, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()
-        if done == self.total or now - self.shown > (0.2 if tty else 20):
-            self.shown, rate = now, (done - self.first) / (now - self.start)
-            line = f"{self.what} {done}/{self.total}  {note}  {rate * each:,.0f} {self.unit}/s"
-            line += f"  {(self.total - done) / rate:.0f} s left" if done < self.total else f"  {now - self.start:.0f} s"
-            print(f"\r{line:<79}" if tty else line, end="" if tty and done < self.total else "\n", flush=True)
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but whatever the user can mend takes one line on stderr and ends with status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
-
-    @contextlib.contextmanager
-    def guard(self):
-        if hasattr(sys.stdout, "reconfigure"):  # what the terminal's encoding lacks is no reason to stop
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            yield
-        except (OSError, ValueError, FloatingPointError) as e:
-            self.error(e)
-        except KeyboardInterrupt:
-            self.exit(130, "\nstopped; the same command goes on from the last save\n")
-
-def at_least(least):
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-    return number
-
-def image_parser(doc, name, train):
-    """The flags that all files on images share; the defaults of training are those of this file's train()."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description=doc.splitlines()[0], formatter_class=form, allow_abbrev=False)
-    add, default = parser.add_argument, inspect.signature(train).parameters
-    add("--data", default="digits", help="digits (drawn), mnist (downloaded), a folder of IDX files or of pictures")
-    add("--size", type=at_least(1), default=28, help="side to which images are scaled, in pixels")
-    add("--channels", type=int, choices=(1, 3), default=1, help="1 for grey, 3 for colour")
-    add("--iters", type=at_least(1), default=default["iters"].default, help="training steps")
-    add("--batch", type=at_least(1), default=default["batch"].default, help="images a training step")
-    add("--lr", type=float, default=default["lr"].default, help="highest learning rate")
-    add("--samples", type=at_least(1), default=64, help="images to draw at the end")
-    add("--out", type=Path, default=Path("out", name), help="run folder")
-    add("--device", default="auto", help="auto is cuda, else mps, else cpu")
-    add("--seed", type=int, default=0, help="same seed, same machine: same bits on the CPU")
-    add("--fresh", action="store_true", help="train anew over the run folder's checkpoint")
-    add("--compile", action="store_true", help="torch.compile the network for training")
-    return parser
-
-def pick_device(name):
-    """ValueError if this machine does not have it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.ones(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:  # not known, not built in, not there
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-
-# ------------------------------------------------------------------------------------ training, sampling, command -----
-def train(images, iters=3000, batch=128, lr=1e-3, width=128, depth=100, strategy="sqrt", slots=10, budget=4.0,
-          device="cpu", seed=0, path=None, fresh=False, compiled=False):
-    """uint8 images (N, C, H, H) on the CPU -> the Denoiser. Seeds torch's global generator.
-
-    The strategy decides what is kept and what is computed again, and on the CPU not one bit of the result. path: where
-    to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise,
-    FloatingPointError if the loss is not finite (what was saved last stays)."""
-    wanted = dict(channels=images.shape[1], size=images.shape[2], width=width, depth=depth, iters=iters, batch=batch,
-                  lr=lr, seed=seed, images=hashlib.sha256(images.contiguous().numpy()).hexdigest()[:12])
-    if images.shape[2] != images.shape[3]:
-        raise ValueError(f"images must be square, not {images.shape[3]}x{images.shape[2]}")
+    choice: strategy, slots and budget, as in choose_schedule(); on the CPU no bit of the result depends on them.
+    path: the checkpoint, resumed unless fresh. ValueError if it was made with other settings, or the budget is too
+    small; FloatingPointError if the loss is not finite."""
+    settings = dict(method="checkpointing", width=width, depth=depth, iters=iters, batch=batch, lr=lr, seed=seed)
     torch.manual_seed(seed)
-    model = Denoiser(images.shape[1], images.shape[2], width, depth).to(device)
-    opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
-    rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / 200, 1 - i / iters))
-    parts, done, log = (model, opt, rate), 0, []
-    if path and path.exists() and not fresh:
-        done, log = resume(path, parts, load_checkpoint(path, ["checkpointing"], device, wanted))
-    schedule = choose_schedule(strategy, model.layers, torch.zeros(batch, width, device=device), slots, budget)
-    if compiled:
-        for layer in model.layers:
-            layer.compile()
-    images = images.to(device)
-    progress, total, saved = Progress("iteration", "images", iters, done), torch.zeros((), device=device), time.time()
-    for i in range(done, iters):
-        x = to_float(images[torch.randint(len(images), (batch,), device=device)])
-        loss = F.mse_loss(model(x + torch.randn_like(x), schedule), x) / 4  # of pixels in 0 .. 1
+    layers = make_chain(width, depth).to(device)
+    opt = torch.optim.Adam(layers.parameters(), lr)
+    schedule = choose_schedule(layers, torch.zeros(batch, width, device=device), **choice)
+    losses = []
+
+    for _ in iterations(iters, losses, dict(layers=layers, opt=opt), settings, path, fresh):
+        x = torch.randn(batch, width, device=device)
+        loss = F.mse_loss(run(layers, schedule, x), x.abs())  # the method needs no data set
         opt.zero_grad()
         loss.backward()
         opt.step()
-        rate.step()
-        total += loss.detach()
-        if (i + 1) % 100 == 0 or i + 1 == iters:
-            log.append((i + 1, total.item() / (i % 100 + 1)))  # the only place where the device is waited for
-            total.zero_()
-            if not math.isfinite(log[-1][1]):
-                raise FloatingPointError(f"the loss is {log[-1][1]} at iteration {i + 1}; try a smaller --lr")
-            if path and (i + 1 == iters or time.time() - saved > 10):
-                save_checkpoint(path, "checkpointing", wanted, parts, i + 1, log)
-                saved = time.time()
-        progress(i + 1, batch, f"loss {log[-1][1]:.5f}" if log else "")
-    return model.requires_grad_(False).eval()
+        losses.append(loss.detach())
+    return layers
 
+
+# ---------------------------------------------------------------------------------------------- command ------------
 def load(path, device="cpu"):
-    """The network of a checkpoint; model(x) takes the noise off images in -1 .. 1 of the shape model.shape."""
-    state = load_checkpoint(Path(path), ["checkpointing"], device)
-    with or_say(f"{path}: {DAMAGED}"):
-        model = Denoiser(*(state["settings"][name] for name in ("channels", "size", "width", "depth")))
-        model.load_state_dict(state["parts"][0])
-    return model.to(device).requires_grad_(False).eval()
+    """The chain of layers in a checkpoint."""
+    settings = load_checkpoint(path, "checkpointing")["settings"]
+    layers = make_chain(settings["width"], settings["depth"])
+    load_checkpoint(path, layers=layers)
+    return layers.to(device)
 
-def plot(panels):
-    """[(title, {name: ([(x, y)] of a line, [(x, y)] of dots)})] -> a Pillow image, scales logarithmic."""
-    image, font = Image.new("RGB", (760, 420 * len(panels)), "white"), ImageFont.load_default(15)
-    draw, colours = ImageDraw.Draw(image), ["black", "#7f8c8d", "#2471a3", "#27ae60", "#c0392b", "#8e44ad"]
-    for top, (title, curves) in zip(range(40, image.height, 420), panels):
-        points = np.log10([point for line, dots in curves.values() for point in line + dots])
-        low = points.min(0)
-        scale = [510, -330] / (points.max(0) - low).clip(0.1)
-        spot = lambda x, y, low=low, scale=scale, top=top: tuple((np.log10([x, y]) - low) * scale + [70, top + 330])
-        draw.text((8, top - 28), title, "black", font)
-        for value in (digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)):
-            x, y = spot(value, value)
-            if 69 < x < 581:
-                draw.text((x, top + 338), f"{value:g}", "black", font, "mt")
-            if top - 1 < y < top + 331:
-                draw.line((70, y, 580, y), "#dddddd")
-                draw.text((62, y), f"{value:g}", "black", font, "rm")
-        for i, (colour, (name, (line, dots))) in enumerate(zip(colours, curves.items())):
-            draw.text((600, top + 24 * i), name, colour, font)
-            draw.line([spot(*point) for point in line], colour, 2)
-            for x, y in (spot(*point) for point in dots):
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-    return image
 
-def compare(width, depth, batch, slots, budget, device, out):
-    """Prints what each strategy takes, of a chain of equal layers and of one of unequal ones; a picture into out."""
-    layers, x = [ResidualLayer(width, depth).to(device) for _ in range(depth)], torch.randn(batch, width, device=device)
-    ways = {name: choose_schedule(name, layers, x, slots, budget) for name in (*STRATEGIES, "budget")}
-    for name in "torch reentrant", "torch non-reentrant":
-        ways[name] = lambda layers, x, name=name: checkpoint_sequential(
-            layers, math.isqrt(depth - 1) + 1, x, use_reentrant=name == "torch reentrant")
-    print(f"{depth} equal layers, {batch} rows of {width} numbers, {slots} slots, {budget:g} MB, on {device}")
-    chain, dots = table(ways, layers, x)
+def print_table(ways, layers, x):
+    """Prints what each way takes, predictions in brackets, and returns {name: peak bytes}.
 
-    def at(schedule):
-        peak, forth = predict(schedule, chain)
-        return peak / 1e6, dots["none"][1] + forth - sum(chain.u)  # (9)
+    ways: {name: arguments of forward_backward() after layers}. A way with a checkpoint function of its own stores by
+    hooks of its own, so its bytes cannot be counted."""
+    chain = measure(layers, x)
+    seconds = clock([functools.partial(forward_backward, layers, *way) for way in ways.values()], x.device)
+    peaks = {}
+    print("strategy             | MB stored             | runs of a layer   | s a step | of the first")
+    for (name, way), taken in zip(ways.items(), seconds):
+        peak, runs = count(layers, *way)
+        expected, expected_runs = predict(way[0], chain)
+        size = ""
+        if len(way) == 2:
+            peaks[name] = peak
+            size = f"{peak / 1e6:.3f} ({expected / 1e6:.3f})"
+        print(f"{name:20} | {size:>21} | {runs:7} ({expected_runs:7}) | {taken:8.4f} | {taken / seconds[0]:.2f}")
+    return peaks
 
-    depths = sorted({round(depth ** (i / 30)) for i in range(31)})
-    stored = {name: ([(n, at(make(n, slots))[0]) for n in depths],
-                     [(n, count(make(n, slots), layers[:n], x)[0] / 1e6) for n in depths[::-6]])
-              for name, make in STRATEGIES.items()}
-    frontier = {"sqrt": [at(segments(depth, m)) for m in depths], "budget": [],
-                "slots": [at(in_slots(depth, s)) for s in range(1, 33) if math.comb(s + 60, s) >= depth]}
-    for share in 1, 2, 4, 8, 16, 32, 64:
-        with contextlib.suppress(ValueError):  # less than the layers need
-            frontier["budget"].append(at(in_budget(chain, sum(chain.a) / share)))
-    file = io.BytesIO()
-    plot([("MB stored against layers: equations (lines), counted (dots)", stored),
-          ("seconds a step against MB: the equations for all segments, slots and budgets (lines), measured (dots)",
-           {name: (frontier.get(name, []), [dot]) for name, dot in dots.items()})]).save(file, "PNG")
-    write({out / "compare.png": file.getvalue()})
 
-    n, hidden = min(depth, 100), [max(1, width // 2), width, 2 * width, 4 * width]
-    layers = [ResidualLayer(width, depth, hidden[i % 4]).to(device) for i in range(n)]
-    chain = profile(layers, x)
-    ways, most = {"none": segments(n, 1)}, sum(chain.a) / 4
-    fit = [parts for parts in (segments(n, m) for m in range(1, n + 1)) if predict(parts, chain)[0] <= most]
-    with contextlib.suppress(ValueError):  # less than the layers need
-        ways |= {"budget": in_budget(chain, most), "segments that fit": min(fit, key=lambda s: predict(s, chain)[1])}
-    print(f"{n} unequal layers, {', '.join(map(str, hidden))} hidden units, {most / 1e6:.3f} MB")
-    table(ways, layers, x)
-    print(f"compare.png is in {out}")
+def draw_bars(path, peaks):
+    """Saves a picture of {name: peak bytes}."""
+    picture = Image.new("RGB", (640, 40 * len(peaks) + 20), "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(14)
+    for row, (name, peak) in enumerate(peaks.items()):
+        y = 20 + 40 * row
+        length = 400 * peak / peaks["none"]
+        draw.rectangle((220, y, 220 + length, y + 20), "steelblue")
+        draw.text((10, y), f"{name}: {peak / 1e6:.3f} MB", "black", font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def compare(args):
+    """Prints what each strategy takes, and saves compare.png."""
+    layers = make_chain(args.width, args.depth).to(args.device)
+    x = torch.randn(args.batch, args.width, device=args.device)
+    ways = {}
+    for name in STRATEGIES:
+        ways[name] = choose_schedule(layers, x, name, args.slots, args.budget), x
+    sqrt = ways["sqrt"][0]
+    ways["sqrt, checkpoint()"] = sqrt, x, checkpoint
+    ways["sqrt, torch's"] = sqrt, x, functools.partial(torch_checkpoint, use_reentrant=False)
+    print(f"{args.depth} layers, {args.batch} rows of {args.width} features")
+    draw_bars(args.out / "compare.png", print_table(ways, layers, x))
+    print(f"picture: {args.out}/compare.png")
+
 
 def main(argv=None):
-    parser = image_parser(__doc__, "checkpointing", train)
-    add, default = parser.add_argument, inspect.signature(train).parameters
-    add("--width", type=at_least(1), default=default["width"].default, help="numbers between two layers")
-    add("--depth", type=at_least(1), default=default["depth"].default, help="n, layers that are all alike")
-    add("--strategy", choices=[*STRATEGIES, "budget"], default=default["strategy"].default, help="what is run again")
-    add("--slots", type=at_least(1), default=default["slots"].default, help="s, inputs held at once by slots")
-    add("--budget", type=float, default=default["budget"].default, help="MB stored at most by --strategy budget")
-    add("--compare", action="store_true", help="train nothing, but measure all strategies on a chain of these layers")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--iters", type=positive, default=300, help="training iterations")
+    add("--batch", type=positive, default=128, help="batch size")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--width", type=positive, default=128, help="features between two layers")
+    add("--depth", type=positive, default=100, help="n, the number of layers")
+    add("--strategy", choices=STRATEGIES, default="sqrt", help="what is stored and what is recomputed")
+    add("--slots", type=positive, default=10, help="s, the number of inputs that --strategy binomial stores")
+    add("--budget", type=float, default=4.0, help="most MB stored by --strategy budget")
+    add("--compare", action="store_true", help="measure all strategies instead of training")
+    add("--out", type=Path, default=Path("out/checkpointing"), help="run folder")
+    add("--device", type=pick_device, default=pick_device(), help="where to compute")
+    add("--seed", type=int, default=0, help="seed; on a CPU the same seed gives the same bits")
+    add("--fresh", action="store_true", help="train from scratch over the checkpoint in --out")
+    args = parse_args(parser, argv)
+
+    if args.compare:
+        return compare(args)
+    choice = dict(strategy=args.strategy, slots=args.slots, budget=args.budget)
+    settings = args.iters, args.batch, args.lr, args.width, args.depth, args.device, args.seed
+    layers = train(*settings, args.out / "model.pt", args.fresh, **choice)
+    x = torch.randn(args.batch, args.width, device=args.device)
+    ways = {"none": (segments(args.depth, 1), x), args.strategy: (choose_schedule(layers, x, **choice), x)}
+    print_table(ways, layers, x)
+    print(f"checkpoint and log: {args.out}/model.pt, log.csv")
+
+
+# ------------------------------------------------------------------------------------------------ plumbing ------------
+# Checkpoints, progress, flags: the same text in every file, and nothing of the method. You may stop here.
+def save_checkpoint(path, state, columns):
+    """Saves a checkpoint, and its log as log.csv. A kill or a full disk leaves the old checkpoint intact."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_bytes(file.getvalue())
+        np.savetxt(path.with_name("log.csv"), state["log"], "%.9g", ",", header=f"iteration,{columns}", comments="")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, *methods, **parts):
+    """What save_checkpoint saved, on the CPU; each of the parts (a module, an optimiser) loads its own state.
+
+    ValueError if the file is damaged, does not fit the parts, or was made by another method."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method = state["settings"]["method"]
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+    except Exception as e:  # of many kinds, and most do not name the file
+        hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
+        raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
+    if methods and method not in methods:
+        raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
+    return state
+
+
+def iterations(iters, losses, parts, settings, path, fresh, columns="loss", validate=None, each=None):
+    """Yields the iterations still to be done. Every 100 it logs; every 10 seconds, and at the end, it saves to path.
+
+    losses: the loop appends the loss of each iteration, a scalar or one value for each of the columns.
+    parts: {name: module or optimiser} to save; settings: what a checkpoint must agree on to be resumed.
+    validate(log) returns one more value for the log. each: items in an iteration, if they are not the batch.
+    FloatingPointError if a value is not finite."""
+    done, log = 0, []
+    status = {}
+    saved = time.time()
+    if path and path.exists() and not fresh:
+        made = load_checkpoint(path, settings["method"])["settings"]
+        words = {"images": "other images", "labels": "other labels", "text": "another text", "words": "other words"}
+        differ = [k for k in settings if made.get(k) != settings[k] and k != "data"]
+        if differ:
+            said = "; ".join(words.get(k, f"{k} {made.get(k)}, not {settings[k]}") for k in differ)
+            raise ValueError(f"{path}: made with {said}; --fresh trains from scratch, another --out keeps it")
+        state = load_checkpoint(path, **parts)
+        done, log = state["done"], state["log"]
+        torch.manual_seed(settings["seed"] + done)  # a GPU's generator is not saved, but seeded again
+        torch.set_rng_state(state["rng"])
+    for i in progress(range(done, iters), "iteration", each or settings["batch"], status):
+        yield i
+        if (i + 1) % 100 and i + 1 < iters:
+            continue
+        means = torch.stack(losses).mean(0).flatten().tolist()  # waits for the GPU, so only here
+        losses.clear()
+        log.append((i + 1, *means, *([validate(log)] if validate else [])))
+        status.update(zip(columns.split(","), log[-1][1:]))
+        if not np.isfinite(log[-1]).all():
+            raise FloatingPointError(f"{columns} not finite at iteration {i + 1}; try a smaller --lr")
+        writer = path and os.environ.get("RANK", "0") == "0"  # under torchrun only the first process saves
+        if writer and (i + 1 == iters or time.time() - saved > 10):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state = dict(settings=settings, parts=state, done=i + 1, log=log, rng=torch.get_rng_state())
+            save_checkpoint(path, state, columns)
+            saved = time.time()
+
+
+def progress(steps, what, each=1, status=()):
+    """Iterates over a range and prints how far it is, every 10 seconds and at the end.
+
+    each: how many items one number of the range stands for; status: {name: value}, printed as well."""
+    start = shown = time.time()
+    for i in steps:
+        yield i
+        done = min(i + steps.step, steps.stop)
+        now = time.time()
+        if done == steps.stop or now - shown > 10:
+            shown = now
+            rate = (done - steps.start) / max(now - start, 1e-9)
+            left = (steps.stop - done) / rate
+            values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
+            print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
+
+
+def parse_args(parser, argv, path=None):
+    """Parses the flags. Their defaults are the settings of the checkpoint at path, or else in --out, if it exists."""
     args = parser.parse_args(argv)
-    with parser.guard():
-        device, path = pick_device(args.device), args.out / "model.pt"
-        if args.compare:
-            torch.manual_seed(args.seed)
-            return compare(args.width, args.depth, args.batch, args.slots, args.budget, device, args.out)
-        images, held_out = (load_images(args.data, args.size, args.channels, test) for test in (False, True))
-        print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {device}")
-        train(images, args.iters, args.batch, args.lr, args.width, args.depth, args.strategy, args.slots, args.budget,
-              device, args.seed, path, args.fresh, args.compile)
-        model, x_0 = load(path, device), to_float(held_out)
-        noisy = x_0 + torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))  # the same for every --seed
-        clean = torch.cat([model(part.to(device)).cpu() for part in noisy.split(1000)])
-        save_samples(args.out, clean[torch.arange(args.samples) % len(clean)])
-        shown = torch.arange(10) % len(clean)
-        save_grid(args.out / "denoised.png", torch.cat([rows[shown] for rows in (x_0, noisy, clean)]), 10)
-        before, after = (F.mse_loss(x, x_0).item() / 4 for x in (noisy, clean))
-        print(f"mean squared error of {len(x_0)} test images, pixels in 0 .. 1: {after:.5f}, with noise {before:.5f}")
-        layers, x = model.requires_grad_().layers, torch.randn(args.batch, args.width, device=device)
-        ways = {name: choose_schedule(name, layers, x, args.slots, args.budget) for name in ("none", args.strategy)}
-        table(ways, layers, x)
-        print(f"{args.samples} samples: samples.png, samples.npy in {args.out}, with denoised.png (images, with noise, "
-              "without), log.csv, model.pt")
+    path = path or args.out / "model.pt"
+    if path.exists() and not args.fresh:
+        settings = load_checkpoint(path)["settings"]
+        parser.set_defaults(**{name: value for name, value in settings.items() if name in args and value is not None})
+        args = parser.parse_args(argv)
+    return args
+
+
+def pick_device(name=None):
+    """An argparse type: the name of a device that this machine has. Without a name, the first of cuda, mps and cpu."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name or found)
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(str(e).splitlines()[0]) from e
+    return name or found
+
+
+def positive(text):
+    """An argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="backslashreplace")  # escapes what the terminal's encoding lacks
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command resumes from the last checkpoint")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"{Path(__file__).name}: out of GPU memory; try a smaller --batch or --width")
+    except (OSError, ValueError, FloatingPointError) as e:
+        sys.exit(" ".join(f"{Path(__file__).name}: {e}".split()))

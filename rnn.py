@@ -3,55 +3,109 @@
 # dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""RNN: a network that reads a text letter by letter and bets on the next, learned by sending the error back in time.
+"""Recurrent neural network (RNN, LSTM): predict a text character by character.
 
-Papers: Elman, "Finding Structure in Time", Cognitive Science 14, 1990; Werbos, "Backpropagation Through Time", 1990;
-Hochreiter, Schmidhuber, "Long Short-Term Memory", 1997; its forget gate: Gers, Schmidhuber, Cummins, 2000.
+The network is trained by back-propagation through time, which is written out by hand.
 
-symbol         in the code     what it is
-x_t            x[t]            the letter at time t, an id 0 .. V - 1; x is (T, N): N streams of text, T letters of each
-e(x)           embedding       a letter's vector, (V, E)
-h_t, c_t       h[t+1], c[t+1]  state and memory cell after letter t, (N, H) each; h[0] and c[0] came with the chunk
-W_ih, W_hh, b  w_ih, w_hh, b   (E, G H), (H, G H), (G H): G = 1 for the tanh RNN, G = 4 gates i, f, g, o for the LSTM
-a_t            s, before sigma what the cell computes of its inputs, (N, G H). Vectors are rows, so it is h W, not W h
-delta_t        delta[t]        dL/da_t, (N, G H)
-sigma          sigmoid         1 / (1 + e^-a), its derivative sigma (1 - sigma)
-L              loss            nats per letter
+Papers: Elman, "Finding Structure in Time", Cognitive Science 14, 1990; Werbos, "Backpropagation
+Through Time: What It Does and How to Do It", Proc. IEEE 78, 1990; Hochreiter, Schmidhuber, "Long
+Short-Term Memory", Neural Computation 9, 1997; Gers, Schmidhuber, Cummins, "Learning to Forget",
+Neural Computation 12, 2000, whose forget gate f is part of every LSTM today.
 
-The chain rule makes a text's probability a product, so a model of text is a bet on each letter, given those before it.
-What came before is kept in a state of fixed size, made of the last state and the letter, always by the same weights:
-  (1) a_t = e(x_t) W_ih + h_{t-1} W_hh + b;   tanh RNN: h_t = tanh a_t
-  (2) p(x_{t+1} | x_0 .. x_t) = softmax(h_t W_out + b_out);   L = -1/(T N) sum_{t, n} log p(x_{t+1} | ...)
-As W_ih only ever meets the V vectors e(x), their products are formed once for all times, a table with V rows.
-Unrolled, the network is T layers deep. h_t acts on L through its own bet and through a_{t+1}, and in no other way:
-  (3) dL/dh_t = (dL/dh_t of the bet at t) + delta_{t+1} W_hh^T                   from t = T - 1 down, delta_T = 0
-  (4) tanh RNN: delta_t = dL/dh_t (1 - h_t^2)
-  (5) dL/dW_hh = sum_t h_{t-1}^T delta_t: one product of (H, T N) and (T N, G H); dL/d(row of the table) = sum of the
-      delta_t where its letter stood
-So delta goes k steps back through k factors W_hh^T diag(1 - h^2): its norm falls, or grows, exponentially in k. The
-LSTM gives it a path without W_hh. Gates in 0 .. 1 say what is taken in (i), kept (f) and shown (o) of a cell c:
-  (6) i, f, o = sigma(a^i), sigma(a^f), sigma(a^o), g = tanh(a^g);   c_t = f c_{t-1} + i g;   h_t = o tanh c_t
-Backwards, c_t acts on L through h_t, and through c_{t+1} by the factor f_{t+1} alone, which may stay near 1:
-  (7) dL/dc_t = dL/dc_{t+1} f_{t+1} + dL/dh_t o_t (1 - tanh^2 c_t)
-  (8) delta^i = dL/dc_t g i (1 - i), delta^f = dL/dc_t c_{t-1} f (1 - f), delta^g = dL/dc_t i (1 - g^2),
-      delta^o = dL/dh_t tanh(c_t) o (1 - o);   (3) and (5) are the same with these
-A CPU has a fast sigma and a slow tanh, so with what belongs to a tanh doubled, one sigma does for all:
-  (9) tanh a = 2 sigma(2 a) - 1,   1 - tanh^2 a = 4 sigma(2 a) (1 - sigma(2 a))
-A text is longer than any chunk that could be unrolled. Training goes through N streams, T letters at a time:
-  (10) h[0], c[0] of a chunk = h[T], c[T] of the one before, as numbers: they carry the past, but no gradient crosses
-  (11) a letter is drawn from softmax(logits / temperature), whose limit at 0 is the likeliest letter
+symbol       in the code   meaning
+x_t          x[t-1]        character t = 1 .. T of a chunk, an id 0 .. V-1; x is (T, N), N streams
+e(x)         embedding     a vector for each character, (V, E)
+h_t, c_t     h[t], c[t]    state and memory cell after x_t, (N, H); h_0, c_0: see (11)
+W_ih, W_hh   w_ih, w_hh    weights, (E, G H) and (H, G H): G = 1 for the tanh RNN, 4 for the LSTM
+a_t          a             pre-activations, (N, G H). Vectors are rows, so it is h W, not W h
+i, f, g, o   i, f, g, o    the LSTM's input gate, forget gate, candidate and output gate, (N, H)
+L            loss          negative log-likelihood, nats per character
+∂h_t, ∂c_t   d_h, d_c      short for dL/dh_t and dL/dc_t, (N, H)
+δ_t          delta[t-1]    dL/da_t, (N, G H), its parts d_i, d_f, d_g, d_o
+σ, *         sigmoid, *    1 / (1 + exp(-a)); the product of elements
 
-Trip wires: nats per letter; bits are nats / log 2. Letters are Unicode characters, those of the whole text, the last
-tenth included, on which nothing is trained. torch.nn.LSTM has the same gates in the same order, but its weights lie
-transposed, and it adds two b. dL/dh_t in lag.png is (3): all paths from h_t on, but not the LSTM's from c_t to c_{t+1}.
-Differs from the papers in: truncation (10) after T letters, and at no other place (Elman cut the gradient after each
-letter, the LSTM of 1997 at its gates, and it had no f); Adam for plain descent; dropout (a unit of h for a whole
-chunk); b of f starts at 1; gradients longer than 1 are shortened; results come from an average of the weights.
+The model. The chain rule writes the probability of a text as a product, so a model of text predicts
+each character from those before it. An RNN summarises these in a state of fixed size, updated at
+each step by the same weights, and predicts from the state:
 
-python rnn.py --text shakespeare.txt      300 s on two cores; 1.4754 nats = 2.1286 bits a letter
-python rnn.py --cell rnn --out out/tanh   the tanh RNN
+  (1)  a_t = e(x_t) W_ih + b + h_{t-1} W_hh
+
+  (2)  h_t = tanh a_t                                        the tanh RNN [Elman 1990]
+
+  (3)  p(x_{t+1} | x_1 .. x_t) = softmax(h_t W_out + b_out),  L = -1/(T N) Σ log p(x_{t+1} | ...)
+
+Back-propagation through time. Unrolled, the network has T layers that share their weights. h_t
+affects L only through the prediction at t and through a_{t+1}. So for t = T .. 1, with δ_{T+1} = 0,
+
+  (4)  ∂h_t = (∂h_t of the prediction at t alone) + δ_{t+1} W_hhᵀ                  [Werbos 1990]
+
+  (5)  δ_t = ∂h_t * (1 - h_t²)                               the tanh RNN
+
+  (6)  dL/dW_hh = Σ_t h_{t-1}ᵀ δ_t
+
+δ is also the gradient of e(x_t) W_ih + b, from which autograd continues. Over k steps δ is
+multiplied by k factors W_hhᵀ diag(1 - h²), so its norm decays or grows exponentially in k.
+
+The LSTM adds a path that does not pass through W_hh. Gates in (0, 1) control what is written to a
+memory cell (i), kept in it (f) and read from it (o). With a_t split into four parts of size H,
+
+  (7)  i = σ(a_i),  f = σ(a_f),  g = tanh a_g,  o = σ(a_o)
+
+  (8)  c_t = f * c_{t-1} + i * g,   h_t = o * tanh c_t                 [Gers et al. 2000]
+
+Backwards, h_t obeys (4) as before. c_t affects L through h_t, and through c_{t+1} by the factor
+f_{t+1} alone, which can stay near 1:
+
+  (9)  ∂c_t = ∂h_t * o * (1 - tanh² c_t) + ∂c_{t+1} * f_{t+1}
+
+The chain rule through (8), then through (7) with σ' = σ (1 - σ) and tanh' = 1 - tanh², gives
+
+  (10) δ_i = ∂c_t * g * i (1 - i),          δ_f = ∂c_t * c_{t-1} * f (1 - f),
+       δ_g = ∂c_t * i * (1 - g²),           δ_o = ∂h_t * tanh c_t * o (1 - o)
+
+A text is too long to unroll at once. Truncated back-propagation through time takes T characters at
+a time and treats the state that enters a chunk as a constant: the past is carried on, gradients are
+not.
+
+  (11) h_0, c_0 of a chunk = h_T, c_T of the chunk before;  ∂h_T, ∂c_T from later chunks = 0
+
+To sample, draw a character, feed it back, and repeat. A temperature τ below 1 sharpens the
+distribution; its limit at 0 always takes the most probable character.
+
+  (12) x_{t+1} ~ softmax((h_t W_out + b_out) / τ)
+
+Pitfalls:
+- Nats per character are not bits: bits = nats / log 2.
+- The gradient has two ways back, W_hhᵀ in (4) and f in (9). Break it: delete the line
+  `d_c = d_c * f` and test_rnn_eq4_9_10_lstm_gradients fails.
+- ∂h_t in lag.png leaves out the path from c_t to c_{t+1}, which is the point of an LSTM. So the
+  plot also shows ∂c_t, which includes all paths from c_t on.
+- The state runs on through the text, also across sentences and documents, until an epoch ends.
+- The alphabet is taken from the whole text, including the last tenth, which is the test set.
+- torch.nn.LSTM has the same gates in the same order, but transposed weights and two biases.
+
+Differences from the papers:
+- Gradients are truncated between chunks only. Elman truncated after every step, and the LSTM of
+  1997 at its gates.
+- Adam instead of gradient descent, gradient norm clipped at 1, dropout on h_t with one mask for
+  each chunk, a forget bias of 1 at first, and an EMA of the weights as the result.
+
+python rnn.py                          trains on Python's docstrings; 5 minutes on two cores
+python rnn.py --prompt "Return the "   continues the prompt with the trained network
 """
-import argparse, ast, contextlib, copy, hashlib, inspect, io, math, os, sys, sysconfig, time, warnings, zipfile
+
+import argparse
+import ast
+import contextlib
+import copy
+import hashlib
+import io
+import math
+import os
+import sys
+import sysconfig
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -60,475 +114,543 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-# --------------------------------------------------------------------------------------------------------- method -----
-# All of these take time first: (T, N, ...). new(name, *shape) gives a tensor to write to; see Memory. w_hh may be in
-# bfloat16 where all else is in float32: then its products are too, and their sums are not.
-def add_product(out, a, w):
-    """out += a w in place -> out."""
-    return torch.addmm(out, a, w, out=out) if a.dtype == w.dtype else out.add_(a.to(w.dtype) @ w)
 
-def rnn_forward(table, x, w_hh, state, new):
-    """table (V, H), x (T, N) ids, state (1, N, H): h[0] -> (h,), h (T + 1, N, H)."""
-    (T, N), H = x.shape, len(w_hh)
-    h = new("h", T + 1, N, H)
-    h[0] = state[0]
-    torch.index_select(2 * table, 0, x.flatten(), out=h[1:].view(T * N, H))
-    twice = 2 * w_hh
-    for last, now in zip(h, h[1:]):
-        add_product(now, last, twice).sigmoid_().mul_(2).sub_(1)  # (1)
-    return (h,)
+# ------------------------------------------------------------------------------------------------- method -------------
+# inputs: the first two terms of (1) for all t, (T, N, G H). Lists of h and c begin with h_0 and c_0.
+def rnn_forward(inputs, w_hh, state):
+    """state (1, N, H) -> the state after T steps, and what the backward pass needs: (h,), h a list of T + 1."""
+    h = [state[0]]
+    for e_t in inputs:
+        a = torch.addmm(e_t, h[-1], w_hh)  # (1)
+        h.append(a.tanh())  # (2)
+    return h[-1][None], (h,)
 
-def rnn_backward(d_h, w_hh, saved, new):
-    """d_h (T, N, H): dL/dh_t of the bets, made into dL/dh_t in place -> delta (T, N, H), and dL/d(h[0]) (1, N, H)."""
-    (h,) = saved
-    delta, back = torch.mul(h[1:], h[1:], out=new("delta", *d_h.shape)).neg_().add_(1), w_hh.t()
-    for t in range(len(d_h) - 1, -1, -1):
-        delta[t].mul_(d_h[t])  # (4)
-        if t:
-            add_product(d_h[t - 1], delta[t], back)  # (3)
-    return delta, add_product(torch.zeros_like(d_h[0]), delta[0], back)[None]
 
-def lstm_forward(table, x, w_hh, state, new):
-    """table (V, 4 H), x (T, N) ids, state (2, N, H): h[0] and c[0] -> h, c (T + 1, N, H), s, u."""
-    (T, N), H = x.shape, len(w_hh)
-    h, c, s, u = new("h", T + 1, N, H), new("c", T + 1, N, H), new("s", T, N, 4 * H), new("u", T, N, H)
-    h[0], c[0] = state
-    double = table.new_tensor([1, 1, 2, 1]).repeat_interleave(H)
-    torch.index_select(table * double, 0, x.flatten(), out=s.view(T * N, 4 * H))
-    w = w_hh * double.to(w_hh.dtype)
-    for a, i, f, g, o, h_0, h_1, c_0, c_1, u_1 in zip(s, *gates(s), h, h[1:], c, c[1:], u):
-        add_product(a, h_0, w).sigmoid_()  # (6)
-        torch.mul(f, c_0, out=c_1).addcmul_(i, g, value=2).sub_(i)  # (9)
-        torch.mul(c_1, 2, out=u_1).sigmoid_()
-        torch.mul(o, u_1, out=h_1).mul_(2).sub_(o)  # (9)
-    return h, c, s, u
+def rnn_backward(d_out, w_hh, h):
+    """d_out (T, N, H): ∂h_t of each prediction alone -> δ (T, N, H), and a list of (∂h_t,) for t = 1 .. T."""
+    delta = []  # from the last step to the first, so delta[-1] is that of step t + 1
+    d_states = []
+    for t in range(len(d_out), 0, -1):
+        d_h = d_out[t - 1]
+        if delta:
+            d_h = torch.addmm(d_h, delta[-1], w_hh.T)  # (4)
+        delta.append(d_h * (1 - h[t] ** 2))  # (5)
+        d_states.append((d_h,))
+    return torch.stack(delta[::-1]), d_states[::-1]
 
-def lstm_backward(d_h, w_hh, saved, new):
-    """d_h (T, N, H): dL/dh_t of the bets, made into dL/dh_t in place -> delta (T, N, 4 H), dL/d(state) (2, N, H)."""
-    h, c, s, u = saved
-    delta, back, d_c = new("delta", *s.shape), w_hh.t(), torch.zeros_like(h[0])
-    part, slope = torch.empty_like(d_c), torch.empty_like(s[0])
-    steps = list(zip(s, *gates(s), u, c, d_h, delta, *gates(delta)))
-    for t in range(len(d_h) - 1, -1, -1):
-        a, i, f, g, o, u_1, c_0, d, delta_t, d_i, d_f, d_g, d_o = steps[t]
-        torch.mul(d, u_1, out=d_o).mul_(2).sub_(d)  # (8)
-        torch.mul(d, o, out=part)
-        d_c.addcmul_(part.mul_(u_1), u_1, value=-4).add_(part, alpha=4)  # (7)
-        torch.mul(d_c, g, out=d_i).mul_(2).sub_(d_c)
-        torch.mul(d_c, c_0, out=d_f)
-        torch.mul(d_c, i, out=d_g).mul_(4)
-        delta_t.mul_(torch.addcmul(a, a, a, value=-1, out=slope))  # (8)
-        d_c.mul_(f)  # (7)
-        if t:
-            add_product(d_h[t - 1], delta_t, back)  # (3)
-    return delta, torch.stack([add_product(torch.zeros_like(d_c), delta[0], back), d_c])
 
-def gates(s):
-    """(T, N, 4 H) -> the four (T, N, H) in it."""
-    return s.view(*s.shape[:2], 4, -1).unbind(2)
+def lstm_forward(inputs, w_hh, state):
+    """state (2, N, H): h_0 and c_0 -> the state after T steps, and lists: T + 1 h, T + 1 c, T (i, f, g, o, tanh c)."""
+    h = [state[0]]
+    c = [state[1]]
+    gates = []
+    for e_t in inputs:
+        a_i, a_f, a_g, a_o = torch.addmm(e_t, h[-1], w_hh).chunk(4, dim=1)  # (1)
+        i = a_i.sigmoid()  # (7)
+        f = a_f.sigmoid()  # (7)
+        g = a_g.tanh()  # (7)
+        o = a_o.sigmoid()  # (7)
+        c.append(f * c[-1] + i * g)  # (8)
+        tanh_c = c[-1].tanh()
+        h.append(o * tanh_c)  # (8)
+        gates.append((i, f, g, o, tanh_c))
+    return torch.stack([h[-1], c[-1]]), (h, c, gates)
 
-# forward, backward, G, and the number of tensors in a state
-CELLS = {"rnn": (rnn_forward, rnn_backward, 1, 1), "lstm": (lstm_forward, lstm_backward, 4, 2)}
+
+def lstm_backward(d_out, w_hh, h, c, gates):
+    """d_out (T, N, H): ∂h_t of each prediction alone -> δ (T, N, 4 H), and a list of (∂h_t, ∂c_t) for t = 1 .. T."""
+    delta = []  # from the last step to the first, so delta[-1] is that of step t + 1
+    d_states = []
+    d_c = torch.zeros_like(h[0])
+    for t in range(len(d_out), 0, -1):
+        i, f, g, o, tanh_c = gates[t - 1]
+        d_h = d_out[t - 1]
+        if delta:
+            d_h = torch.addmm(d_h, delta[-1], w_hh.T)  # (4)
+        d_c = d_c + d_h * o * (1 - tanh_c**2)  # (9)
+
+        d_i = d_c * g * i * (1 - i)  # (10)
+        d_f = d_c * c[t - 1] * f * (1 - f)  # (10)
+        d_g = d_c * i * (1 - g**2)  # (10)
+        d_o = d_h * tanh_c * o * (1 - o)  # (10)
+        delta.append(torch.cat([d_i, d_f, d_g, d_o], dim=1))
+        d_states.append((d_h, d_c))
+        d_c = d_c * f  # (9)
+    return torch.stack(delta[::-1]), d_states[::-1]
+
+
+CELLS = {"rnn": (rnn_forward, rnn_backward), "lstm": (lstm_forward, lstm_backward)}
+
 
 class Unroll(torch.autograd.Function):
-    """The recurrence, (3) to (8) by hand: table (V, G H), x (T, N), w_hh (H, G H), state -> h[1] .. h[T], last state.
-
-    The last state is to be carried on as numbers: it has no gradient (10)."""
+    """A cell run over a chunk, with the gradients above: inputs (T, N, G H), w_hh (H, G H), state -> h_1 .. h_T
+    (T, N, H), and the state after them. Neither state has a gradient (11)."""
 
     @staticmethod
-    def forward(ctx, cell, new, table, x, w_hh, state):
-        ctx.cell, ctx.new, ctx.rows, w = cell, new, len(table), w_hh.to(new.products)
-        saved = CELLS[cell][0](table, x, w, state, new)
-        ctx.save_for_backward(x, w, *saved)
-        last = torch.stack([values[-1] for values in saved[: len(state)]])
+    def forward(ctx, cell, inputs, w_hh, state):
+        ctx.cell = cell
+        forward, _ = CELLS[cell]
+        last, ctx.lists = forward(inputs, w_hh, state)
+        ctx.save_for_backward(w_hh)
         ctx.mark_non_differentiable(last)
-        return saved[0][1:], last
+        h = ctx.lists[0]
+        return torch.stack(h[1:]), last
 
     @staticmethod
-    def backward(ctx, *grads):
-        x, w, *saved = ctx.saved_tensors
-        delta, d_state = CELLS[ctx.cell][1](ctx.new("d_h", *grads[0].shape).copy_(grads[0]), w, saved, ctx.new)
-        d_w = saved[0][:-1].flatten(0, 1).to(w.dtype).t() @ delta.flatten(0, 1).to(w.dtype)  # (5)
-        d_table = delta.new_zeros(ctx.rows, delta.shape[2]).index_add_(0, x.flatten(), delta.flatten(0, 1))  # (5)
-        return None, None, d_table, None, d_w.to(d_table.dtype), d_state
+    def backward(ctx, d_out, _):
+        (w_hh,) = ctx.saved_tensors
+        _, backward = CELLS[ctx.cell]
+        lists = ctx.lists
+        del ctx.lists  # frees them after this pass; a second one through the same graph is not possible
+        delta, _ = backward(d_out, w_hh, *lists)
+        h = lists[0]
+        # The sum over t and over streams is one product: (H, T N) @ (T N, G H).
+        d_w_hh = torch.cat(h[:-1]).T @ delta.flatten(0, 1)  # (6)
+        return None, delta, d_w_hh, None
 
-class Memory(dict):
-    """Gives out the same tensor again and again: fresh memory would cost more than what is computed in it. What lies
-    there is gone with the next call, which autograd notices: a backward() after a second forward is a RuntimeError.
-    products: the type in which W_hh is multiplied."""
 
-    def __init__(self, like, products=None):
-        self.like, self.products = like, products or like.dtype
-
-    def __call__(self, name, *shape):
-        if (name, shape) not in self:
-            self[name, shape] = self.like.new_empty(shape)
-        return self[name, shape].detach()
-
-# -------------------------------------------------------------------------------------------------------- network -----
+# ------------------------------------------------------------------------------------------------ network -------------
 class CharRNN(nn.Module):
-    """Bets on the next letter. chars: the letters that it knows, a string of V different ones; ids are places in it."""
+    """Predicts the next character. chars: its alphabet, a string of V sorted characters; ids index it.
+
+    ValueError if the cell is neither rnn nor lstm."""
 
     def __init__(self, chars, cell="lstm", width=512, size=64, dropout=0.0):
         super().__init__()
-        self.chars, self.cell, self.dropout = chars, cell, dropout
-        G, self.layers = CELLS[cell][2:]
-        self.embedding = nn.Parameter(torch.randn(len(chars), size) / size**0.5)  # (V, E)
+        if cell not in CELLS:
+            raise ValueError(f"--cell {cell}: must be rnn or lstm")
+        G = 4 if cell == "lstm" else 1
+        self.chars = chars
+        self.cell = cell
+        self.dropout = dropout
+        self.register_buffer("codes", torch.tensor([ord(char) for char in chars]))  # saved with the weights
+        self.embedding = nn.Parameter(torch.randn(len(chars), size) / size**0.5)
         self.w_ih = nn.Parameter(torch.randn(size, G * width) / size**0.5)
-        self.w_hh = nn.Parameter(torch.cat([nn.init.orthogonal_(torch.empty(width, width)) for _ in range(G)], 1))
+        self.w_hh = nn.Parameter(torch.cat([nn.init.orthogonal_(torch.empty(width, width)) for _ in range(G)], dim=1))
         self.b = nn.Parameter(torch.zeros(G * width))
         if cell == "lstm":
-            self.b.data[width : 2 * width] = 1  # f starts open
+            nn.init.ones_(self.b.data[width : 2 * width])  # of f: the cell keeps its contents at first
         self.out = nn.Linear(width, len(chars))
-        self.products = None  # the type in which W_hh is multiplied, if not its own; see fast_products()
-        self.memory = None  # made in the first pass, so copy.deepcopy() before it copies the weights alone
 
     def start(self, n):
-        """The state before the first letter, zeros, for n streams."""
-        return self.w_hh.new_zeros(self.layers, n, len(self.w_hh))
+        """The state before the first character of n streams, all zero: (1, n, H) or, with c, (2, n, H)."""
+        return self.w_hh.new_zeros(2 if self.cell == "lstm" else 1, n, len(self.w_hh))
+
+    def inputs(self, x):
+        """What x (T, N) contributes to the pre-activations (1), (T, N, G H), from a table of all V characters."""
+        return F.embedding(x, torch.addmm(self.b, self.embedding, self.w_ih))
 
     def forward(self, x, state):
-        """x (T, N) ids, state -> logits (T, N, V) of the next letter, and the state to carry on, without gradient."""
-        table = torch.addmm(self.b, self.embedding, self.w_ih)
-        if self.memory is None or self.memory.like.device != table.device:
-            self.memory = Memory(table.detach(), self.products)
-        h, state = Unroll.apply(self.cell, self.memory, table, x, self.w_hh, state)
+        """x (T, N) ids, and a state -> logits (T, N, V) of the next characters, and the state after x."""
+        h, state = Unroll.apply(self.cell, self.inputs(x), self.w_hh, state)
         if self.training and self.dropout:
-            h = h * (torch.rand_like(h[0]) >= self.dropout) / (1 - self.dropout)  # one mask for all T
-        return self.out(h), state.clone()  # (2)
+            keep = torch.rand_like(h[0]) >= self.dropout  # the same units for all T
+            h = h * keep / (1 - self.dropout)
+        return self.out(h), state
 
-# ------------------------------------------------------------------------------------------------------- plumbing -----
-# Text, files, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
-DAMAGED = "not a checkpoint, damaged, or of another network; --fresh trains anew over it"
 
-@contextlib.contextmanager
-def or_say(sentence):
-    """Whatever goes wrong in here is a ValueError with this sentence: of errors, libraries have their own many."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{sentence} ({type(e).__name__})") from None
-
-def write(files):
-    """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
-    parts = {path: path.with_name(path.name + ".part") for path in files}
-    try:
-        for path, raw in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path].write_bytes(raw)
-        for path, part in parts.items():
-            part.replace(path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-def load_text(path="docstrings"):
-    """A text file in UTF-8, or English that needs no download: the docstrings of Python's standard library, in the
-    order of its files, each once. ValueError or OSError, in one sentence, for what is no such text."""
-    if path != "docstrings":
-        try:
-            text = Path(path).read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"--text {path}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
-        except ValueError as e:  # a path with a NUL, say
-            raise ValueError(f"--text {path!r}: {e}") from None
-    else:
-        found, root = {}, sysconfig.get_path("stdlib")
-        for folder, folders, files in os.walk(root):
-            folders[:] = sorted({*folders} - {"test", "tests", "idle_test", "site-packages", "dist-packages"})
-            for file in sorted(name for name in files if name.endswith(".py")):
-                with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, OSError):
-                    warnings.simplefilter("ignore")
-                    nodes = [ast.parse(Path(folder, file).read_bytes())]
-                    while nodes:
-                        node = nodes.pop()
-                        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                            found[ast.get_docstring(node) or ""] = None
-                        for part in ("handlers", "finalbody", "orelse", "body"):
-                            nodes += getattr(node, part, [])[::-1]
-        text, path = "\n\n".join(filter(None, found)), f"{path} under {root}"
-    if len(text) < 1000:
-        raise ValueError(f"--text {path}: {len(text)} characters are too few, at least 1000 are needed")
-    return text
-
-def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",)):
-    """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
-    file, state = io.BytesIO(), [part.state_dict() for part in parts]
-    torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
-    rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
-    table = "".join(",".join(row) + "\n" for row in rows).encode()
-    write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
-
-def load_checkpoint(path, methods, device, wanted=()):
-    """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
-    raw = path.read_bytes()
-    with or_say(f"{path}: {DAMAGED}"):
-        if zipfile.ZipFile(io.BytesIO(raw)).testzip():
-            raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
-        state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
-        method, had, _ = state["method"], dict(state["settings"]), state["parts"][2]
-    if method not in methods:
-        raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
-    for name in wanted:
-        if had.get(name) != wanted[name]:
-            raise ValueError(f"{path}: made with {name} {had.get(name)}, not {wanted[name]}; "
-                             "--fresh trains anew over it, --out elsewhere keeps it")
-    return state
-
-def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
-    with or_say(f"{path}: {DAMAGED}"):
-        for part, saved in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
-        torch.set_rng_state(state["rng"].cpu())
-    return state["done"], state["log"]
-
-class Progress:
-    """One line that renews itself in a terminal; elsewhere a line every 20 seconds and one at the end."""
-
-    def __init__(self, what, unit, total, done=0):
-        self.what, self.unit, self.total, self.first = what, unit, total, done
-        self.start = self.shown = time.perf_counter()
-
-    def __call__(self, done, each, note=""):
-        """done of total rounds are over, each of them worth `each` units."""
-        now, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()
-        if done == self.total or now - self.shown > (0.2 if tty else 20):
-            self.shown, rate = now, (done - self.first) / (now - self.start)
-            line = f"{self.what} {done}/{self.total}  {note}  {rate * each:,.0f} {self.unit}/s"
-            line += f"  {(self.total - done) / rate:.0f} s left" if done < self.total else f"  {now - self.start:.0f} s"
-            print(f"\r{line:<79}" if tty else line, end="" if tty and done < self.total else "\n", flush=True)
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but whatever the user can mend takes one line on stderr and ends with status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
-
-    @contextlib.contextmanager
-    def guard(self):
-        if hasattr(sys.stdout, "reconfigure"):  # what the terminal's encoding lacks is no reason to stop
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            yield
-        except (OSError, ValueError, FloatingPointError) as e:
-            self.error(e)
-        except KeyboardInterrupt:
-            self.exit(130, "\nstopped; the same command goes on from the last save\n")
-
-def at_least(least):
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-    return number
-
-def pick_device(name):
-    """ValueError if this machine does not have it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.ones(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:  # not known, not built in, not there
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-
-def text_parser(doc, name, train):
-    """The flags of text files that are read letter by letter; the defaults of training are those of train()."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description=doc.splitlines()[0], formatter_class=form, allow_abbrev=False)
-    add, default = parser.add_argument, inspect.signature(train).parameters
-    add("--text", default="docstrings", help="docstrings (of the standard library), or a file in UTF-8")
-    for flag, least, what in (("iters", 1, "training steps"), ("batch", 1, "streams of text side by side"),
-                              ("length", 1, "T, how far a gradient goes back"), ("width", 1, "units of h")):
-        add("--" + flag, type=at_least(least), default=default[flag].default, help=what)
-    add("--lr", type=float, default=default["lr"].default, help="highest learning rate")
-    add("--dropout", type=float, default=default["dropout"].default, help="share of h that is dropped, below 1")
-    add("--samples", type=at_least(1), default=1000, help="letters to draw at the end")
-    add("--out", type=Path, default=Path("out", name), help="run folder")
-    add("--device", default="auto", help="auto is cuda, else mps, else cpu")
-    add("--seed", type=int, default=0, help="same seed, same machine: same bits on the CPU")
-    add("--fresh", action="store_true", help="train anew over the run folder's checkpoint")
-    return parser
-
-# ------------------------------------------------------------------------------------ training, sampling, command -----
+# ------------------------------------------------------------------------------------- training, sampling -------------
 def to_ids(text, chars):
-    """Text -> ids (len(text),), int64: places in chars, which is sorted. ValueError for a letter not in it."""
-    codes, known = (np.frombuffer(s.encode("utf-32-le"), np.uint32) for s in (text, chars))
-    place = np.searchsorted(known, codes).clip(max=len(known) - 1)
-    if len(strange := codes[known[place] != codes]):
-        raise ValueError(f"the letter {chr(strange[0])!r} is not in the text that this network has learned from")
-    return torch.from_numpy(place)
+    """The index in chars, which is sorted, of each character of a text, int64. ValueError if chars lacks one."""
+    codes, known = (np.frombuffer(string.encode("utf-32-le"), np.uint32) for string in (text, chars))
+    ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
+    unknown = codes[known[ids] != codes]
+    if len(unknown):
+        raise ValueError(f"the character {chr(unknown[0])!r} is not in the text that the network is trained on")
+    return torch.from_numpy(ids)
 
-def fast_products(device):
-    """The type in which products are fastest: bfloat16, 8 bits of a number, where the processor multiplies it."""
-    able = {"cuda": torch.cuda.is_bf16_supported,
-            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}  # younger than torch 2.4
-    return torch.bfloat16 if able.get(torch.device(device).type, bool)() else torch.float32
 
-def train(text, iters=4200, batch=64, length=32, lr=4e-3, cell="lstm", width=512, dropout=0.4, device="cpu", seed=0,
-          path=None, fresh=False):
-    """Learns the first nine tenths of a text -> the averaged CharRNN, ready to sample. Seeds torch's global generator.
+def train(
+    text,
+    iters=4200,
+    batch=64,
+    length=32,
+    lr=4e-3,
+    cell="lstm",
+    width=512,
+    dropout=0.4,
+    device="cpu",
+    seed=0,
+    path=None,
+    fresh=False,
+    data=None,
+):
+    """Trains on the first nine tenths of a text and returns the EMA model. Seeds torch's global generator.
 
-    path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise or
-    the text is too short, FloatingPointError if the loss is not finite (what was saved last stays)."""
-    chars = "".join(sorted(set(text)))
-    wanted = dict(text=hashlib.sha256(text.encode()).hexdigest()[:12], chars=chars, cell=cell, width=width, iters=iters,
-                  batch=batch, length=length, lr=lr, dropout=dropout, seed=seed)
+    path: the checkpoint, resumed unless fresh; data: where the text is from, for it to remember. ValueError if it was
+    made with other settings or the text is too short, FloatingPointError if the loss is not finite."""
     if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout {dropout}: want 0 <= dropout < 1")
+        raise ValueError(f"--dropout {dropout}: must be at least 0 and below 1")
+    settings = dict(method="rnn", data=data, text=hashlib.sha256(text.encode()).hexdigest(), cell=cell, width=width)
+    settings |= dict(iters=iters, batch=batch, length=length, lr=lr, dropout=dropout, seed=seed)
+    chars = "".join(sorted(set(text)))
     ids = to_ids(text, chars)[: len(text) * 9 // 10].to(device)
-    each = (len(ids) // batch - 1) // length * length  # letters of a stream in an epoch
-    if each < 1:
-        raise ValueError(f"--text: {len(ids)} letters to learn from are too few for --batch {batch} --length {length}")
+    stream = len(ids) // batch  # characters of each stream
+    chunks = (stream - 1) // length  # chunks of each stream, which make an epoch
+    if chunks < 1:
+        raise ValueError(f"--text: {len(ids)} characters to train on are too few for --batch {batch} --length {length}")
     torch.manual_seed(seed)
     model = CharRNN(chars, cell, width, dropout=dropout).to(device)
-    average, carry = copy.deepcopy(model).requires_grad_(False).eval(), nn.Module()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
+    carry = nn.Module()  # the state between two chunks, a part of the checkpoint
     carry.register_buffer("state", model.start(batch))
-    model.products = fast_products(device)
-    fused = torch.device(device).type != "mps"
-    opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=fused)
-    parts, done, log = (model, average, opt, carry), 0, []
-    if path and path.exists() and not fresh:
-        done, log = resume(path, parts, load_checkpoint(path, ["rnn"], device, wanted))
-        opt.param_groups[0]["fused"] &= fused  # a checkpoint brings the flag of the device that it was made on
-    progress, total, saved = Progress("iteration", "letters", iters, done), torch.zeros((), device=device), time.time()
-    for i in range(done, iters):
-        at = i * length % each
-        if at == 0 or i == done:  # an epoch begins: the text is a ring, cut open elsewhere
-            g = torch.Generator().manual_seed(seed + i * length // each)
-            first = int(torch.randint(len(ids), (1,), generator=g))
-            streams = ids.roll(-first)[: len(ids) // batch * batch].view(batch, -1).t()  # (letters, N)
-        if at == 0:
+    places = torch.arange(length + 1, device=device)[:, None] + stream * torch.arange(batch, device=device)
+    losses = []
+
+    parts = dict(model=model, ema=ema, opt=opt, carry=carry)
+    for i in iterations(iters, losses, parts, settings, path, fresh, each=batch * length):
+        epoch, chunk = divmod(i, chunks)
+        generator = torch.Generator().manual_seed(seed + epoch)
+        first = torch.randint(len(ids), (1,), generator=generator).item()  # each epoch rotates the text
+        x = ids[(first + chunk * length + places) % len(ids)]  # (T + 1, N)
+        if chunk == 0:
             carry.state = model.start(batch)
-        opt.param_groups[0]["lr"] = lr * min((i + 1) / 100, 1 - i / iters)
-        logits, carry.state = model(streams[at : at + length], carry.state)  # (10)
-        loss = F.cross_entropy(logits.flatten(0, 1), streams[at + 1 : at + length + 1].flatten())  # (2)
+        logits, carry.state = model(x[:-1], carry.state)  # (11)
+        loss = F.cross_entropy(logits.flatten(0, 1), x[1:].flatten())  # (3)
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.param_groups[0]["lr"] = lr * min((i + 1) / 100, 1 - i / iters)  # warm-up, then linear decay
         opt.step()
-        memory = min(0.998, (1 + i) / (10 + i))  # short while the weights still move fast
-        for a, p in zip(average.parameters(), model.parameters()):
-            a.lerp_(p.detach(), 1 - memory)
-        total += loss.detach()
-        if (i + 1) % 100 == 0 or i + 1 == iters:
-            log.append((i + 1, total.item() / (i % 100 + 1)))  # the only place where the device is waited for
-            total.zero_()
-            if not math.isfinite(log[-1][1]):
-                raise FloatingPointError(f"the loss is {log[-1][1]} at iteration {i + 1}; try a smaller --lr")
-            if path and (i + 1 == iters or time.time() - saved > 10):
-                save_checkpoint(path, "rnn", wanted, parts, i + 1, log)
-                saved = time.time()
-        progress(i + 1, batch * length, f"loss {log[-1][1]:.3f} nats" if log else "")
-    return average
+        update_ema(ema, model, decay=min(0.998, (1 + i) / (10 + i)))
+        losses.append(loss.detach())
+    return ema
+
 
 def load(path, device="cpu"):
-    """The averaged network of a checkpoint, ready to sample; model.chars are the letters that it knows."""
-    state = load_checkpoint(Path(path), ["rnn"], device)
-    had = state["settings"]
-    with or_say(f"{path}: {DAMAGED}"):
-        model = CharRNN(had["chars"], had["cell"], had["width"], dropout=had["dropout"])
-        model.load_state_dict(state["parts"][1])
+    """The EMA model in a checkpoint. model.chars is its alphabet."""
+    state = load_checkpoint(path, "rnn")
+    settings = state["settings"]
+    if "ema" not in state["parts"] or "codes" not in state["parts"]["ema"]:
+        raise ValueError(f"{path}: not a checkpoint of this network; --fresh trains from scratch")
+    chars = "".join(map(chr, state["parts"]["ema"]["codes"].tolist()))
+    model = CharRNN(chars, settings["cell"], settings["width"])
+    load_checkpoint(path, ema=model)
     return model.to(device).requires_grad_(False).eval()
 
-@torch.no_grad()
-def sample(model, n, prompt="", temperature=1.0, seed=0):
-    """n letters, after those of the prompt, as a string; temperature 0 takes the likeliest each time.
 
-    Without a prompt the text goes on from the first of model.chars. ValueError for a letter that is not in it."""
+def check_sampling(chars, prompt, temperature):
+    """ValueError unless a network with this alphabet can continue the prompt at this temperature."""
+    to_ids(prompt, chars)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature {temperature}: must be a number of at least 0")
+
+
+@torch.inference_mode()
+def sample(model, n, prompt="", temperature=1.0, seed=0):
+    """The prompt, and n characters that continue it, a string. Temperature 0 is greedy.
+
+    Without a prompt the text continues the first of model.chars. ValueError if the alphabet lacks a character."""
+    check_sampling(model.chars, prompt, temperature)
     device = model.w_hh.device
-    x, state, drawn = to_ids(prompt or model.chars[0], model.chars).view(-1, 1).to(device), model.start(1), []
     generator = torch.Generator().manual_seed(seed)
+    x = to_ids(prompt or model.chars[0], model.chars)[:, None].to(device)  # (T, 1)
+    state = model.start(1)
+    text = prompt
     for _ in range(n):
         logits, state = model(x, state)
         logits = logits[-1, 0].cpu().double()
-        p = ((logits - logits.max()) / max(temperature, 1e-30)).softmax(0)  # (11), at 0 its limit
-        drawn.append(int(torch.multinomial(p, 1, generator=generator)))
-        x = x.new_full((1, 1), drawn[-1])
-    return prompt + "".join(model.chars[i] for i in drawn)
+        p = ((logits - logits.max()) / max(temperature, 1e-30)).softmax(0)  # (12)
+        x = torch.multinomial(p, 1, generator=generator)[:, None].to(device)
+        text += model.chars[x.item()]
+    return text
 
-@torch.no_grad()
+
+@torch.inference_mode()
 def evaluate(model, ids, first, streams=100, lead=200, length=100):
-    """Nats a letter over ids[first:], each of which counts once. The streams in which they are read start lead letters
-    early, so that none is bet on without a past."""
-    each, lead = -(-(len(ids) - first) // streams), min(lead, first - 1)
-    starts, state, total = first + each * torch.arange(streams), model.start(streams), 0.0
+    """The mean nats per character of ids[first:], each counted once.
+
+    They are read in parallel streams. Each starts `lead` characters early, so that no prediction lacks context."""
+    device = model.w_hh.device
+    each = math.ceil((len(ids) - first) / streams)
+    lead = min(lead, first - 1)
+    starts = first + each * torch.arange(streams)
+    state = model.start(streams)
+    total = 0.0
     for begin in range(-lead, each, length):
-        steps = torch.arange(begin, min(begin + length, each)).view(-1, 1)
-        at = starts + steps  # (T, N): the letters to bet on
-        logits, state = model(ids[(at - 1).clamp(max=len(ids) - 1)].to(state.device), state)
-        nats = F.cross_entropy(logits.flatten(0, 1), ids[at.clamp(max=len(ids) - 1)].flatten().to(state.device),
-                               reduction="none").view(at.shape).cpu()  # (2)
-        total += nats[(steps >= 0) & (at < len(ids))].double().sum().item()
+        steps = torch.arange(begin, min(begin + length, each))[:, None]
+        places = starts + steps  # (T, N), of the characters to predict
+        counted = (steps >= 0) & (places < len(ids))
+        places = places.clamp(max=len(ids) - 1)
+        logits, state = model(ids[places - 1].to(device), state)
+        nats = F.cross_entropy(logits.flatten(0, 1), ids[places].flatten().to(device), reduction="none")  # (3)
+        total += nats.view(places.shape).cpu()[counted].double().sum().item()
     return total / (len(ids) - first)
 
-@torch.no_grad()
-def lag_norms(model, ids, lags=100, streams=100):
-    """Norm of dL/dh_t of the last of `lags` letters' bets, by lag, relative to lag 0, mean over streams -> (lags,)."""
-    starts = torch.linspace(0, len(ids) - 2 * lags - 1, streams).long()
-    x = ids[starts + torch.arange(2 * lags + 1).view(-1, 1)].to(model.w_hh.device)
-    _, state = model(x[:lags], model.start(streams))
-    table = torch.addmm(model.b, model.embedding, model.w_ih)
-    fresh, (forward, backward) = Memory(table), CELLS[model.cell][:2]
-    saved = forward(table, x[lags:-1], model.w_hh, state, fresh)
-    d_logits = model.out(saved[0][-1]).softmax(1) - F.one_hot(x[-1], len(model.chars))
-    d_h = torch.zeros_like(saved[0][1:])
-    d_h[-1] = d_logits @ model.out.weight
-    backward(d_h, model.w_hh, saved, fresh)
-    norms = d_h.norm(dim=2).mean(1).flip(0)
-    return (norms / norms[0]).nan_to_num().cpu()  # a text of one letter has no gradient
 
-def plot_lags(lines):
-    """{name: norms by lag} -> a Pillow image, the norms on a logarithmic scale."""
+@torch.inference_mode()
+def lag_norms(model, ids, lags=100, streams=100):
+    """The norms of ∂h_t and, for an LSTM, ∂c_t, where L is the loss of one prediction: (1 or 2, lags).
+
+    Column k belongs to the t that lies k steps before the prediction. Means over streams, relative to column 0."""
+    starts = torch.linspace(0, len(ids) - 2 * lags - 1, streams).long()
+    x = ids[starts + torch.arange(2 * lags + 1)[:, None]].to(model.w_hh.device)
+    _, state = model(x[:lags], model.start(streams))  # a past for the states
+    forward, backward = CELLS[model.cell]
+    _, lists = forward(model.inputs(x[lags:-1]), model.w_hh, state)
+    h = lists[0]
+    d_logits = model.out(h[-1]).softmax(1) - F.one_hot(x[-1], len(model.chars))  # of the last prediction's loss
+    d_out = torch.zeros_like(torch.stack(h[1:]))
+    d_out[-1] = d_logits @ model.out.weight
+    _, d_states = backward(d_out, model.w_hh, *lists)
+    norms = torch.stack([torch.stack(d_state).norm(dim=2).mean(1) for d_state in reversed(d_states)], dim=1)
+    return (norms / norms[:, :1]).nan_to_num().cpu()  # a text of one character has no gradient
+
+
+def plot_lags(path, lines):
+    """Saves a plot of {name: norms by lag} as PNG, the norms on a logarithmic scale from 1e-8 to 1."""
     image = Image.new("RGB", (760, 440), "white")
-    draw, font, colours = ImageDraw.Draw(image), ImageFont.load_default(15), ("#c0392b", "#2471a3")
-    n = max(map(len, lines.values()))
-    across = lambda k: 70 + 670 * k / max(1, n - 1)
-    down = lambda norm: 40 - 350 * math.log10(max(norm, 1e-8)) / 8  # 1 at the top, 1e-8 at the bottom
-    for power in range(-8, 1, 2):
-        draw.line((70, down(10**power), 740, down(10**power)), "#dddddd")
-        draw.text((62, down(10**power)), f"1e{power}", "black", font, "rm")
-    for k in range(0, n, max(1, n // 5)):
-        draw.text((across(k), 398), str(k), "black", font, "mt")
-    draw.text((405, 436), "lag, letters", "black", font, "mb")
-    draw.text((70, 12), "norm of dL/dh at this lag, relative to lag 0:", "black", font)
-    for i, (name, norms) in enumerate(lines.items()):
-        draw.line([(across(k), down(norm)) for k, norm in enumerate(norms.tolist())], colours[i], 3)
-        draw.text((400 + 170 * i, 12), name, colours[i], font)
-    return image
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(15)
+    lags = max(len(norms) for norms in lines.values())
+    draw.text((70, 8), "norm of the gradient at this lag, relative to lag 0:", "black", font)
+    for power in range(0, 9, 2):
+        y = 50 + 340 * power / 8
+        draw.line((70, y, 740, y), "#dddddd")
+        draw.text((62, y), f"{10.0**-power:g}", "black", font, "rm")
+    for lag in range(0, lags, max(1, lags // 5)):
+        draw.text((70 + 670 * lag / lags, 398), str(lag), "black", font, "mt")
+    draw.text((405, 436), "lag in characters", "black", font, "mb")
+    for k, (name, norms) in enumerate(lines.items()):
+        colour = ("#c0392b", "#2471a3", "#239b56", "#7d3c98")[k]
+        x = 70 + 670 * torch.arange(len(norms)) / lags
+        y = 50 - 340 * norms.clamp(min=1e-8).log10() / 8
+        draw.line(torch.stack([x, y], dim=1).flatten().tolist(), colour, 3)
+        draw.text((70 + 170 * k, 28), name, colour, font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+# ------------------------------------------------------------------------------------------------ command -------------
+def finished(path, args, method):
+    """Whether the checkpoint at path is of a finished training with these flags. Questions to it need no text."""
+    if args.fresh or not path.exists():
+        return False
+    state = load_checkpoint(path, method)
+    settings = state["settings"]
+    same = all(settings.get(name) in (None, value) for name, value in vars(args).items())
+    return same and state["done"] == settings["iters"]
+
+
+def measure(model, text, other, out):
+    """Prints the nats on the last tenth of the text, and draws lag.png. other: a model to show as well, or None."""
+    first = len(text) * 9 // 10
+    lags = min(100, (len(text) - first - 1) // 2)
+    lines = {}
+    for m, note in ((model, ""), (other, " (compared)")):
+        if m is not None:
+            norms = lag_norms(m, to_ids(text, m.chars)[first:], lags)
+            lines |= {f"{m.cell} dL/d{part}{note}": line for part, line in zip("hc", norms)}
+    plot_lags(out / "lag.png", lines)
+    nats = evaluate(model, to_ids(text, model.chars), first)
+    bits = nats / math.log(2)
+    print(f"the last {len(text) - first} characters: {nats:.4f} nats = {bits:.4f} bits a character")
+
 
 def main(argv=None):
-    parser = text_parser(__doc__, "rnn", train)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
-    add("--cell", choices=[*CELLS], default="lstm", help="rnn is Elman's, with tanh")
-    add("--temperature", type=float, default=1.0, help="of the sample; 0 always takes the likeliest letter")
-    add("--prompt", default="", help="what the sample goes on from")
-    args = parser.parse_args(argv)
-    with parser.guard():
-        if not 0 <= args.temperature < math.inf:
-            raise ValueError(f"--temperature {args.temperature}: want a number that is at least 0")
-        device, text = pick_device(args.device), load_text(args.text)
+    add("--text", dest="data", metavar="TEXT", default="docstrings", help="docstrings (of Python), or a UTF-8 file")
+    add("--cell", choices=[*CELLS], default="lstm", help="lstm, or rnn: Elman's, with tanh")
+    add("--iters", type=positive, default=4200, help="training iterations")
+    add("--batch", type=positive, default=64, help="N, streams of text that are read in parallel")
+    add("--length", type=positive, default=32, help="T, how many characters a gradient goes back")
+    add("--lr", type=float, default=4e-3, help="peak learning rate")
+    add("--width", type=positive, default=512, help="H, units of the state")
+    add("--dropout", type=float, default=0.4, help="share of the units of h that are dropped, below 1")
+    add("--samples", type=positive, default=1000, help="number of characters to sample")
+    add("--prompt", default="", help="text to continue; a finished run needs no --text for this")
+    add("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the most probable character")
+    add("--compare", type=Path, help="a second checkpoint to show in lag.png, such as one of --cell rnn")
+    add("--out", type=Path, default=Path("out/rnn"), help="run folder")
+    add("--device", type=pick_device, default=pick_device(), help="where to compute")
+    add("--seed", type=int, default=0, help="seed; on a CPU the same seed gives the same bits")
+    add("--fresh", action="store_true", help="train from scratch over the checkpoint in --out")
+    args = parse_args(parser, argv)
+    path = args.out / "model.pt"
+    other = load(args.compare, args.device) if args.compare else None
+
+    only_sample = args.prompt and not args.compare and finished(path, args, "rnn")
+    if only_sample:
+        model = load(path, args.device)
+    else:
+        text = load_text(args.data)
         chars = "".join(sorted(set(text)))
-        to_ids(args.prompt, chars)  # refused now rather than after training
-        ids, first = to_ids(text, chars), len(text) * 9 // 10
-        print(f"{len(text)} letters from {args.text}, {len(chars)} different ones, on {device}")
-        models = {}
-        other, short = "rnn" if args.cell == "lstm" else "lstm", -(-args.iters // 10)  # for the picture alone
-        for cell, iters, path in (args.cell, args.iters, "model.pt"), (other, short, "other/model.pt"):
-            models[f"{cell}, {iters} iterations"] = train(
-                text, iters, args.batch, args.length, args.lr, cell, args.width, args.dropout, device, args.seed,
-                args.out / path, args.fresh)
-        model = next(iter(models.values()))
-        drawn = sample(model, args.samples, args.prompt, args.temperature, args.seed)
-        lags, png = min(100, (len(ids) - first - 1) // 2), io.BytesIO()
-        plot_lags({name: lag_norms(m, ids[first:], lags) for name, m in models.items()}).save(png, "PNG")
-        write({args.out / "samples.txt": drawn.encode(), args.out / "lag.png": png.getvalue()})
-        nats = evaluate(model, ids, first)
-        print(drawn[:400])
-        print(f"the last {len(ids) - first} letters: {nats:.4f} nats = {nats / math.log(2):.4f} bits a letter")
-        print(f"{args.samples} letters: samples.txt in {args.out}, with lag.png, log.csv, model.pt")
+        check_sampling(chars, args.prompt, args.temperature)  # refuses a wrong flag before training
+        print(f"{len(text)} characters from {args.data}, {len(chars)} different ones, on {args.device}")
+        sizes = args.iters, args.batch, args.length, args.lr, args.cell, args.width, args.dropout
+        model = train(text, *sizes, args.device, args.seed, path, args.fresh, args.data)
+
+    drawn = sample(model, args.samples, args.prompt, args.temperature, args.seed)
+    (args.out / "samples.txt").write_bytes(drawn.encode())
+    print(drawn)
+    if not only_sample:
+        measure(model, text, other, args.out)
+    print(f"{args.samples} sampled characters: {args.out}/samples.txt{', lag.png' * (not only_sample)}")
+
+
+# ------------------------------------------------------------------------------------------------ plumbing ------------
+# Text, checkpoints, progress: the same text in every file that uses it, and nothing of the method. You may stop here.
+def load_text(path="docstrings"):
+    """The text of a UTF-8 file, or English that needs no download: the docstrings of Python's standard library.
+
+    ValueError or OSError, with the name of the file, if it is not UTF-8, or shorter than 1000 characters."""
+    if path != "docstrings":
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        except ValueError as e:  # not UTF-8, or a path that no file can have
+            raise ValueError(f"--text {path}: {e}") from e
+    else:
+        docs = {}  # a dictionary keeps the order, and each text once
+        library = Path(sysconfig.get_path("stdlib"))
+        nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        others = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        for file in sorted(library.rglob("*.py")):
+            if others.isdisjoint(file.relative_to(library).parts):
+                with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, OSError):
+                    warnings.simplefilter("ignore")
+                    found = ast.walk(ast.parse(file.read_bytes()))
+                    docs |= {ast.get_docstring(node): None for node in found if isinstance(node, nodes)}
+        text = "\n\n".join(filter(None, docs))
+    if len(text) < 1000:
+        raise ValueError(f"--text {path}: {len(text)} characters, at least 1000 are needed")
+    return text
+
+
+def save_checkpoint(path, state, columns):
+    """Saves a checkpoint, and its log as log.csv. A kill or a full disk leaves the old checkpoint intact."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_bytes(file.getvalue())
+        np.savetxt(path.with_name("log.csv"), state["log"], "%.9g", ",", header=f"iteration,{columns}", comments="")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, *methods, **parts):
+    """What save_checkpoint saved, on the CPU; each of the parts (a module, an optimiser) loads its own state.
+
+    ValueError if the file is damaged, does not fit the parts, or was made by another method."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method = state["settings"]["method"]
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+    except Exception as e:  # of many kinds, and most do not name the file
+        hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
+        raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
+    if methods and method not in methods:
+        raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
+    return state
+
+
+def iterations(iters, losses, parts, settings, path, fresh, columns="loss", validate=None, each=None):
+    """Yields the iterations still to be done. Every 100 it logs; every 10 seconds, and at the end, it saves to path.
+
+    losses: the loop appends the loss of each iteration, a scalar or one value for each of the columns.
+    parts: {name: module or optimiser} to save; settings: what a checkpoint must agree on to be resumed.
+    validate(log) returns one more value for the log. each: items in an iteration, if they are not the batch.
+    FloatingPointError if a value is not finite."""
+    done, log = 0, []
+    status = {}
+    saved = time.time()
+    if path and path.exists() and not fresh:
+        made = load_checkpoint(path, settings["method"])["settings"]
+        words = {"images": "other images", "labels": "other labels", "text": "another text", "words": "other words"}
+        differ = [k for k in settings if made.get(k) != settings[k] and k != "data"]
+        if differ:
+            said = "; ".join(words.get(k, f"{k} {made.get(k)}, not {settings[k]}") for k in differ)
+            raise ValueError(f"{path}: made with {said}; --fresh trains from scratch, another --out keeps it")
+        state = load_checkpoint(path, **parts)
+        done, log = state["done"], state["log"]
+        torch.manual_seed(settings["seed"] + done)  # a GPU's generator is not saved, but seeded again
+        torch.set_rng_state(state["rng"])
+    for i in progress(range(done, iters), "iteration", each or settings["batch"], status):
+        yield i
+        if (i + 1) % 100 and i + 1 < iters:
+            continue
+        means = torch.stack(losses).mean(0).flatten().tolist()  # waits for the GPU, so only here
+        losses.clear()
+        log.append((i + 1, *means, *([validate(log)] if validate else [])))
+        status.update(zip(columns.split(","), log[-1][1:]))
+        if not np.isfinite(log[-1]).all():
+            raise FloatingPointError(f"{columns} not finite at iteration {i + 1}; try a smaller --lr")
+        writer = path and os.environ.get("RANK", "0") == "0"  # under torchrun only the first process saves
+        if writer and (i + 1 == iters or time.time() - saved > 10):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state = dict(settings=settings, parts=state, done=i + 1, log=log, rng=torch.get_rng_state())
+            save_checkpoint(path, state, columns)
+            saved = time.time()
+
+
+def progress(steps, what, each=1, status=()):
+    """Iterates over a range and prints how far it is, every 10 seconds and at the end.
+
+    each: how many items one number of the range stands for; status: {name: value}, printed as well."""
+    start = shown = time.time()
+    for i in steps:
+        yield i
+        done = min(i + steps.step, steps.stop)
+        now = time.time()
+        if done == steps.stop or now - shown > 10:
+            shown = now
+            rate = (done - steps.start) / max(now - start, 1e-9)
+            left = (steps.stop - done) / rate
+            values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
+            print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
+
+
+def update_ema(ema, model, decay):
+    """Exponential moving average of the weights, in place: ema <- decay ema + (1 - decay) model."""
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    average(list(ema.parameters()), list(model.parameters()), None)
+
+
+def parse_args(parser, argv, path=None):
+    """Parses the flags. Their defaults are the settings of the checkpoint at path, or else in --out, if it exists."""
+    args = parser.parse_args(argv)
+    path = path or args.out / "model.pt"
+    if path.exists() and not args.fresh:
+        settings = load_checkpoint(path)["settings"]
+        parser.set_defaults(**{name: value for name, value in settings.items() if name in args and value is not None})
+        args = parser.parse_args(argv)
+    return args
+
+
+def pick_device(name=None):
+    """An argparse type: the name of a device that this machine has. Without a name, the first of cuda, mps and cpu."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name or found)
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(str(e).splitlines()[0]) from e
+    return name or found
+
+
+def positive(text):
+    """An argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="backslashreplace")  # escapes what the terminal's encoding lacks
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command resumes from the last checkpoint")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"{Path(__file__).name}: out of GPU memory; try a smaller --batch or --width")
+    except (OSError, ValueError, FloatingPointError) as e:
+        sys.exit(" ".join(f"{Path(__file__).name}: {e}".split()))

@@ -3,65 +3,109 @@
 # dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""word2vec: a vector for each word, learned by telling the words that stand near it from words drawn at random.
+"""word2vec: a vector for each word, learned by telling its neighbours from random words.
 
-Papers: Mikolov, Chen, Corrado, Dean, "Efficient Estimation of Word Representations in Vector Space", 2013,
-arXiv:1301.3781; Mikolov, Sutskever, Chen, Corrado, Dean, "Distributed Representations of Words and Phrases and their
-Compositionality", 2013, arXiv:1310.4546, whose equations are those in [..].
+Skip-gram and CBOW with negative sampling. Words with similar contexts get similar vectors, and
+differences between vectors have a meaning: king - man + woman is near queen.
 
-symbol     in the code    what it is
-c, o, n    word ids       a centre word, a word near it (an "outside" word), a negative: 0 .. V - 1, 0 the commonest
-v, u       v, u           vectors as centre and as neighbour, (V, d) each; v is what is kept in the end
-R, b       reach, b       widest window (train's window), and the one drawn for this centre
--          window         1 where a pair is in the window of its centre, else 0, (B, L, 2 R + 1)
-P          table          what negatives are drawn from: a word has as many places in the table as P gives it
-k          k              negatives for each pair
-L, S, B    BLOCK, SHARED  words in a block, negatives that a block shares; how many blocks there are
+Papers: Mikolov, Chen, Corrado, Dean, "Efficient Estimation of Word Representations in Vector
+Space", 2013, arXiv:1301.3781; Mikolov, Sutskever, Chen, Corrado, Dean, "Distributed Representations
+of Words and Phrases and their Compositionality", 2013, arXiv:1310.4546. Numbers in brackets at the
+right are equations of the second paper.
 
-Words that stand among the same words have like meanings. So let a word's vector say which words stand near it:
-      p(o | c) = exp(u_o . v_c) / sum_w exp(u_w . v_c)                                                              [2]
-Its gradient, d log p / d v_c = u_o - sum_w p(w | c) u_w, pulls to what was seen and away from what was expected; a sum
-over all V words for each pair cannot be paid. A smaller question does as well: was this word seen near c, or drawn from
-a table P? (Its best score is not log p(o | c) but log p(o | c) / P(o) - log k: how much oftener than by chance.)
-With sigma(x) = 1 / (1 + e^-x) for the chance that it was seen, each pair adds
-  (1) l(c, o) = log sigma(u_o . v_c) + k E_{n ~ P} log sigma(-u_n . v_c)                                            [4]
-  (2) P(n) is proportional to count(n)^(3/4)
-and as d log sigma(x) / dx = 1 - sigma(x) = sigma(-x), the pull ends when the word is told apart:
-  (3) dl/dv_c = sigma(-u_o . v_c) u_o - k E sigma(u_n . v_c) u_n;  the same scalars times v_c for u_o and u_n
-Which pairs there are is drawn, too. Near words count more, and words as common as "the" say little:
-  (4) o is near c if it is at most b words away, b drawn for each c anew, from 1 .. R, each as likely
-  (5) a word with the share f of the text stays with chance min(1, sqrt(t / f) + t / f), before windows are laid    [5]
-The other model, CBOW, asks the same of a centre and the mean of its neighbours; v is then of neighbours, u of centres:
-  (6) h = mean of v_o over the window;  l(c) = log sigma(u_c . h) + k E_{n ~ P} log sigma(-u_n . h)
-The fast form. One pair at a time is dot products of d numbers. But L words in a row have their windows in the same
-L + 2 R words, and if they share S negatives as well, all their scores are one product, and their gradients two:
-  (7) X = v of the L words, (L, d); Y = u of the L + 2 R words around and of the S negatives;  scores X Y^T;
-      G = sigma(-score) for pairs in the window, -(k / S) (pairs of c) sigma(score) for negatives, else 0;
-      dl/dX = G Y, dl/dY = G^T X
-Each of the S negatives is drawn from P and stands for k / S of those of every pair, so in the mean over the draws both
-gradients are those of (3); but two pairs no longer have independent draws. In CBOW each c is one pair, with h; now
-X = v of the L + 2 R words around, (L + 2 R, d), and Y = u of the L words and of the S negatives:
-  (8) H = M X, row c of M being 1 / (words in its window) at those, else 0;  G from H Y^T as in (7), "in the window"
-      being the entries (c, c) and "pairs of c" 1 (0 for an empty window);  dl/dX = M^T (G Y), dl/dY = G^T H
-  (9) v and u move by rate times the gradients of all blocks of a step; the rate falls in proportion to the words read
-Meaning is then in directions, and in differences of them:
-  (10) near(w) = words x != w with the largest cos(v_w, v_x);  a : b = c : x for the x, none of a, b, c, with the
-       largest cos(v_x, v_b - v_a + v_c), all of length 1
+symbol    in the code     meaning
+c, o, n   c, o, n         word ids in order of frequency: a centre word, a neighbour, a negative
+V, d      -               number of words, and of components of a vector
+v, u      v, u            vectors of words as centre and as neighbour, (V, d) each; v is the result
+R, b      reach, b        largest window, and the one sampled for a centre, 1 <= b <= R
+P         table           distribution of negatives: each word fills a share P of the table
+k         k               negatives for each pair
+B, L, S   B, BLOCK, NEGATIVES   number of blocks, words in a block, negatives that a block shares
+-         window          1 where a word is in the window of a centre, else 0, (B, L, 2 R + 1)
 
-Trip wires: a window is b words each way. Counts are of the raw text, the windows of what subsampling left. v and u are
-two tables. A negative may be o itself: (1) has it so, the authors' program leaves it out. The gradients of a
-step's blocks add up, so that a common word moves far: with a larger --batch, or few different words, take a smaller
---lr. The blocks of 16 steps are read at once and mixed, and a step takes fewer words where the commonest of them would
-stand in it more than 16 times, as on a page about one thing, and never more than 6 for each word of the vocabulary.
-A word is a run of letters, in lower case, a Chinese character a word by itself; a blank line ends all windows.
-Differs from the papers in: (7); t / f in (5), as in the authors' program; v and u move once a step of many blocks; no
-phrases, no hierarchical softmax. M^T in (8) divides a CBOW gradient among the window, which the authors' program omits.
+Words with similar contexts have similar meanings. So let a word's vector predict its neighbours:
 
-python word2vec.py --text english.txt      700,000 words/s on one core; 3.1 million words, five times
-python word2vec.py --nearest file error    of the run that is there
+       p(o | c) = exp(u_o · v_c) / Σ_w exp(u_w · v_c)                                           [2]
+
+Its gradient, ∂ log p / ∂v_c = u_o - Σ_w p(w | c) u_w, pulls v_c towards what was seen and away from
+what was expected, but the sum over all V words is too costly for each pair. A simpler question
+suffices: is o a neighbour of c, or was it sampled from P? With σ(x) = 1 / (1 + e^-x) as the
+probability of "neighbour", each pair contributes
+
+  (1)  l(c, o) = log σ(u_o · v_c) + k 𝔼_{n ~ P} log σ(-u_n · v_c)                               [4]
+
+  (2)  P(n) ∝ count(n)^(3/4)
+
+The optimal score is log(p(o | c) / P(o)) - log k: pointwise mutual information, shifted by log k.
+Because d log σ(x) / dx = σ(-x), the gradient vanishes once a pair is classified correctly:
+
+  (3)  ∂l/∂v_c = σ(-u_o · v_c) u_o - k 𝔼 σ(u_n · v_c) u_n
+       ∂l/∂u_o = σ(-u_o · v_c) v_c,  ∂l/∂u_n = -σ(u_n · v_c) v_c for each of k negatives
+
+The pairs are sampled too: nearer words more often, and very frequent words, such as "the", less:
+
+  (4)  o is a neighbour of c if it is at most b words away, b uniform on 1 .. R, sampled for each c
+
+  (5)  each occurrence of a word of relative frequency f is kept with probability
+       min(1, √(t / f) + t / f), before windows are formed                                     [5]
+
+CBOW scores a centre against the mean of its neighbours. Then v belongs to neighbours, u to centres:
+
+  (6)  h = mean of v_o over the window,  l(c) = log σ(u_c · h) + k 𝔼_{n ~ P} log σ(-u_n · h)
+
+The same, fast. Pair by pair, these are many small dot products. But the windows of L consecutive
+words lie within L + 2 R words. If the block shares S negatives as well, all its scores are one
+matrix product, and its gradients two. With X = v of the L words, and Y = u of the L + 2 R words and
+of the negatives:
+
+  (7)  scores X Yᵀ;  G = σ(-score) for pairs in a window, -(k / S) (pairs of c) σ(score) for
+       negatives, else 0;  ∂l/∂X = G Y,  ∂l/∂Y = Gᵀ X
+
+Each shared negative counts k / S for every pair, so the expected gradients are those of (3). In
+CBOW, X = v of the L + 2 R words, Y = u of the L words and the negatives, and M averages: M_cj is 1
+over the size of the window of c if j is in it, else 0:
+
+  (8)  H = M X;  G as in (7) from H Yᵀ, with one pair (c, c) for each c whose window is not empty;
+       ∂l/∂X = Mᵀ G Y,  ∂l/∂Y = Gᵀ H
+
+  (9)  v ← v + rate ∂l/∂v, u ← u + rate ∂l/∂u for all blocks of a step; the rate falls linearly
+
+Meaning is then in directions, and in differences of them. With all vectors normalised,
+
+  (10) nearest(w) = the x ≠ w with the largest cos(v_x, v_w)
+       a : b = c : x for the x, none of a, b, c, with the largest cos(v_x, v_b - v_a + v_c)
+
+Pitfalls:
+- v and u are two tables. Break it: in pair_step, write v[o] for u[o] in the line of d_c, and
+  test_word2vec_eq3_pair fails.
+- Counts are taken before subsampling, windows after it. A negative may equal o, as in (1).
+- The gradients of a step add up, so frequent words take large steps: with a larger --batch, or a
+  small vocabulary, lower --lr. Blocks are read and shuffled 16 steps at a time. A step is shortened
+  if its most frequent word would occur more than 16 times, and to 6 words per vocabulary word.
+- A word is a run of letters with their marks, in lower case; each Chinese character is a word. No
+  window crosses a blank line, nor the border of 16 steps.
+
+Differences from the papers: (7); t / f in (5), as in the authors' program; no phrases, no
+hierarchical softmax. (8) divides the CBOW gradient by the window size; their program does not.
+
+python word2vec.py --text english.txt --out out/english      five epochs in half a minute
+python word2vec.py --out out/english --nearest king queen    asks the trained vectors
 """
-import argparse, ast, collections, contextlib, hashlib, inspect, io, math, os, re, sys, sysconfig, tempfile, time
-import warnings, zipfile
+
+import argparse
+import ast
+import contextlib
+import functools
+import hashlib
+import io
+import math
+import os
+import re
+import sys
+import sysconfig
+import time
+import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -70,421 +114,496 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-# --------------------------------------------------------------------------------------------------------- method -----
-BLOCK, SHARED = 32, 40  # L and S
-AT_ONCE = 16  # steps for which the text is read and windows and negatives are drawn at once
+BLOCK = 32  # L
+NEGATIVES = 40  # S
+AT_ONCE = 16  # steps whose text is read, and whose windows and negatives are sampled, at once
 
-def keep_chance(counts, t):
-    """How likely a word is to stay each time that it stands in the text, counts (V,) -> (V,). t = 0 keeps all."""
+
+# -------------------------------------------------------------------------------------------------- method ------------
+def pair_step(v, u, c, o, negatives, rate):
+    """Moves v and u, in place, by the gradients of one pair (c, o). negatives: (k,) word ids sampled from P."""
+    g = torch.sigmoid(-u[o] @ v[c])
+    g_n = torch.sigmoid(u[negatives] @ v[c])
+    d_c = g * u[o] - g_n @ u[negatives]  # (3)
+    u[o] += rate * g * v[c]  # (3)
+    u.index_add_(0, negatives, -rate * g_n[:, None] * v[c])  # (3)
+    v[c] += rate * d_c
+
+
+def keep_probability(counts, t):
+    """The probability of keeping an occurrence of each word, counts (V,) -> (V,). t = 0 keeps all."""
     f = counts / counts.sum()
     return ((t / f).sqrt() + t / f).clamp(max=1) if t else torch.ones_like(f)  # (5)
 
-def negative_table(counts, size=1 << 22):
-    """int32 (size,): each word has its part of the table, so that an even draw from it is a draw from P."""
-    ends = counts.double().pow(0.75).cumsum(0)  # (2)
-    return torch.searchsorted(ends, (torch.arange(size, dtype=torch.float64) + 0.5) * (ends[-1] / size)).int()
 
-def draw_blocks(raw, keep, table, reach):
-    """Word ids as they stand in the text, (n,), -1 where a blank line is -> the words that stay, in blocks: centres
-    (B, L), around (B, L + 2 R), negatives (B, S), window (B, L, 2 R + 1) of zeros and ones, its middle zero."""
-    stay = (torch.rand(len(raw)) < keep[raw]) & (raw >= 0)  # (5)
-    words, paragraph = raw[stay], (raw < 0).cumsum(0, dtype=torch.int32)[stay]
-    n, B = len(words), max(1, -(-len(words) // BLOCK))
-    words = F.pad(words, (reach, B * BLOCK - n + reach))
-    near = F.pad(paragraph, (reach, B * BLOCK - n + reach), value=-1).unfold(0, 2 * reach + 1, 1)
+def negative_table(counts, size=1 << 22):
+    """Word ids in proportion to P, int32 (size,), so that a uniformly chosen entry is a sample of P."""
+    ends = counts.double().pow(0.75).cumsum(0)  # (2)
+    middles = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    return torch.searchsorted(ends, middles * ends[-1]).int()
+
+
+def sample_blocks(ids, keep, table, reach):
+    """Subsamples word ids of a text, (n,), -1 for a blank line, and cuts the kept words into B blocks.
+
+    Returns centres (B, L), around (B, L + 2 R), negatives (B, S), window (B, L, 2 R + 1) of zeros and ones."""
+    kept = (torch.rand(len(ids)) < keep[ids]) & (ids >= 0)  # (5)
+    words = ids[kept]
+    paragraphs = (ids < 0).cumsum(0, dtype=torch.int32)[kept]
+    B = max(1, math.ceil(len(words) / BLOCK))
+    padding = (reach, B * BLOCK - len(words) + reach)
+    words = F.pad(words, padding)
+    neighbours = F.pad(paragraphs, padding, value=-1).unfold(0, 2 * reach + 1, 1)  # the paragraphs of c - R .. c + R
+    own = neighbours[:, reach : reach + 1]
+
     b = torch.randint(1, reach + 1, (B * BLOCK, 1), dtype=torch.int32)  # (4)
     distance = torch.arange(-reach, reach + 1, dtype=torch.int32).abs()
-    own = near[:, reach : reach + 1]
-    window = ((distance > 0) & (distance <= b) & (near == own) & (own >= 0)).float()
-    negatives = table[torch.randint(len(table), (B, SHARED))]
-    return (words[reach : reach + B * BLOCK].view(B, BLOCK), words.unfold(0, BLOCK + 2 * reach, BLOCK), negatives,
-            window.view(B, BLOCK, 2 * reach + 1))
+    window = (distance > 0) & (distance <= b) & (neighbours == own) & (own >= 0)  # (4)
+    negatives = table[torch.randint(len(table), (B, NEGATIVES))]
+    centres = words[reach : reach + B * BLOCK].view(B, BLOCK)
+    around = words.unfold(0, BLOCK + 2 * reach, BLOCK)
+    return centres, around, negatives, window.float().view(B, BLOCK, 2 * reach + 1)
 
-def diagonals(x, width):
-    """(B, L, >= L + width - 1), contiguous -> a view (B, L, width): of row i the columns i .. i + width - 1."""
+
+# ------------------------------------------------------------------------------------------ the same, fast ------------
+def band(x, width):
+    """The band of x (B, L, columns): in row i the columns i .. i + width - 1, as a view (B, L, width)."""
     rows, columns = x.shape[1:]
     return x.as_strided((len(x), rows, width), (rows * columns, columns + 1, 1))
 
-def skip_gram(x, y, window, k):
-    """x = v of the centres (B, L, d), y = u of the words around and the negatives (B, L + 2 R + S, d) -> dl/dx, dl/dy,
-    and l, summed, before the step."""
+
+def skip_gram(x, y, window, k, measure=False):
+    """∂l/∂x, ∂l/∂y, and the sum of l if measure. x: v of the centres; y: u of the words around and the negatives."""
     width = window.shape[2]
     others = window.shape[1] + width - 1
-    score = x @ y.mT  # (7)
-    near, far = diagonals(score, width), score[:, :, others:]
+    scores = x @ y.mT  # (7)
+    near = band(scores, width)
+    far = scores[:, :, others:]
     weight = k / far.shape[2] * window.sum(2, keepdim=True)
-    G = torch.zeros_like(score)
-    diagonals(G, width).copy_(torch.sigmoid(-near).mul_(window))  # (3)
-    G[:, :, others:] = torch.sigmoid(far).mul_(-weight)  # (3)
-    return G @ y, G.mT @ x, lambda: (window * F.logsigmoid(near)).sum() + (weight * F.logsigmoid(-far)).sum()  # (1)
+    G = torch.zeros_like(scores)
+    band(G, width).copy_(torch.sigmoid(-near).mul_(window))  # (7)
+    G[:, :, others:] = torch.sigmoid(far).mul_(-weight)  # (7)
+    total = (window * F.logsigmoid(near)).sum() + (weight * F.logsigmoid(-far)).sum() if measure else None  # (1)
+    return G @ y, G.mT @ x, total  # (7)
 
-def cbow(x, y, window, k):
-    """x = v of the words around (B, L + 2 R, d), y = u of the centres and the negatives (B, L + S, d) -> dl/dx, dl/dy,
-    and l, summed, before the step."""
+
+def cbow(x, y, window, k, measure=False):
+    """∂l/∂x, ∂l/∂y, and the sum of l if measure. x: v of the words around; y: u of the centres and the negatives."""
     L, width = window.shape[1:]
-    n = window.sum(2, keepdim=True)
-    there, M = n.clamp(max=1), x.new_zeros(len(x), L, x.shape[1])
-    diagonals(M, width).copy_(window / n.clamp(min=1))
-    h = M @ x  # (8)
-    near, far = (h * y[:, :L]).sum(2, keepdim=True), h @ y[:, L:].mT  # (6)
-    G, weight = torch.sigmoid(-near) * there, k / far.shape[2] * there
-    G_n = torch.sigmoid(far) * -weight
-    d_h = G * y[:, :L] + G_n @ y[:, L:]
-    return M.mT @ d_h, torch.cat([G * h, G_n.mT @ h], 1), lambda: (
-        (there * F.logsigmoid(near)).sum() + (weight * F.logsigmoid(-far)).sum())
+    size = window.sum(2, keepdim=True)
+    one = size.clamp(max=1)  # 1 pair for each centre, 0 if its window is empty
+    M = x.new_zeros(len(x), L, x.shape[1])
+    band(M, width).copy_(window / size.clamp(min=1))
+    h = M @ x  # (6) (8)
+    centres, negatives = y[:, :L], y[:, L:]
+    near = (h * centres).sum(2, keepdim=True)
+    far = h @ negatives.mT
+    weight = k / far.shape[2] * one
+    G = torch.sigmoid(-near) * one  # (8)
+    G_n = torch.sigmoid(far) * -weight  # (8)
+    d_h = G * centres + G_n @ negatives
+    total = (one * F.logsigmoid(near)).sum() + (weight * F.logsigmoid(-far)).sum() if measure else None  # (6)
+    return M.mT @ d_h, torch.cat([G * h, G_n.mT @ h], dim=1), total  # (8)
 
-def sgd_step(v, u, blocks, k, rate, model, products=None):
-    """Moves the tables v and u by the gradients of some blocks -> a function that gives l of these, summed.
 
-    products: the type in which scores and gradients are formed, if it is not that of the tables."""
+def sgd_step(v, u, blocks, k, rate, model, measure=False):
+    """Moves the tables v and u, in place, by the gradients of some blocks. Returns the sum of their l if measure."""
     centres, around, negatives, window = blocks
-    i, j = (centres, around) if model == "skipgram" else (around, centres)
-    j = torch.cat([j, negatives], 1)
-    x, y = (F.embedding(rows, table).to(products or table.dtype) for rows, table in ((i, v), (j, u)))
-    d_x, d_y, objective = (skip_gram if model == "skipgram" else cbow)(x, y, window.to(x.dtype), k)
-    for table, rows, d in (v, i, d_x), (u, j, d_y):
-        rows = rows.reshape(-1, 1).long().expand(-1, table.shape[1])
-        table.scatter_add_(0, rows, d.flatten(0, 1).to(table.dtype).mul_(rate))  # (9)
-    return objective
-
-# ------------------------------------------------------------------------------------------------------- plumbing -----
-# Text, files, checkpoints, progress, flags: the same text in every file that has them, and nothing of the method.
-DAMAGED = "not a checkpoint, damaged, or of another network; --fresh trains anew over it"
-
-@contextlib.contextmanager
-def or_say(sentence):
-    """Whatever goes wrong in here is a ValueError with this sentence: of errors, libraries have their own many."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{sentence} ({type(e).__name__})") from None
-
-def write(files):
-    """{path: bytes}: all of them or none, so that a full disk or a kill leaves there what was there before."""
-    parts = {path: path.with_name(path.name + ".part") for path in files}
-    try:
-        for path, raw in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path].write_bytes(raw)
-        for path, part in parts.items():
-            part.replace(path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-def load_text(path="docstrings"):
-    """A text file in UTF-8, or English that needs no download: the docstrings of Python's standard library, in the
-    order of its files, each once. ValueError or OSError, in one sentence, for what is no such text."""
-    if path != "docstrings":
-        try:
-            text = Path(path).read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"--text {path}: not UTF-8, byte {e.start} is {e.object[e.start]:#04x}") from None
-        except ValueError as e:  # a path with a NUL, say
-            raise ValueError(f"--text {path!r}: {e}") from None
+    if model == "skipgram":
+        rows_v, rows_u, gradients = centres, around, skip_gram
     else:
-        found, root = {}, sysconfig.get_path("stdlib")
-        for folder, folders, files in os.walk(root):
-            folders[:] = sorted({*folders} - {"test", "tests", "idle_test", "site-packages", "dist-packages"})
-            for file in sorted(name for name in files if name.endswith(".py")):
-                with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, OSError):
-                    warnings.simplefilter("ignore")
-                    nodes = [ast.parse(Path(folder, file).read_bytes())]
-                    while nodes:
-                        node = nodes.pop()
-                        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                            found[ast.get_docstring(node) or ""] = None
-                        for part in ("handlers", "finalbody", "orelse", "body"):
-                            nodes += getattr(node, part, [])[::-1]
-        text, path = "\n\n".join(filter(None, found)), f"{path} under {root}"
-    if len(text) < 1000:
-        raise ValueError(f"--text {path}: {len(text)} characters are too few, at least 1000 are needed")
-    return text
+        rows_v, rows_u, gradients = around, centres, cbow
+    rows_u = torch.cat([rows_u, negatives], dim=1)
+    d_x, d_y, total = gradients(F.embedding(rows_v, v), F.embedding(rows_u, u), window, k, measure)
+    for table, rows, d in ((v, rows_v, d_x), (u, rows_u, d_y)):
+        index = rows.reshape(-1, 1).long().expand(-1, table.shape[1])
+        table.scatter_add_(0, index, d.flatten(0, 1).mul_(rate))  # (9)
+    return total
 
-def save_checkpoint(path, method, settings, parts, done, log, columns=("loss",)):
-    """parts: what has a state_dict; log: rows (iteration, the columns' values), which also go into log.csv."""
-    file, state = io.BytesIO(), [part.state_dict() for part in parts]
-    torch.save(dict(method=method, settings=settings, parts=state, done=done, log=log, rng=torch.get_rng_state()), file)
-    rows = [("iteration", *columns), *((str(i), *(f"{v:.6f}" for v in values)) for i, *values in log)]
-    table = "".join(",".join(row) + "\n" for row in rows).encode()
-    write({path.with_name("log.csv"): table, path: file.getvalue()})  # killed in between, the log is made again
 
-def load_checkpoint(path, methods, device, wanted=()):
-    """The dict that save_checkpoint wrote. ValueError if another method or other settings made it."""
-    raw = path.read_bytes()
-    with or_say(f"{path}: {DAMAGED}"):
-        if zipfile.ZipFile(io.BytesIO(raw)).testzip():
-            raise zipfile.BadZipFile  # a checksum is not right; torch.load does not look
-        state = torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
-        method, had, _ = state["method"], dict(state["settings"]), state["parts"][2]
-    if method not in methods:
-        raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
-    for name in wanted:
-        if had.get(name) != wanted[name]:
-            raise ValueError(f"{path}: made with {name} {had.get(name)}, not {wanted[name]}; "
-                             "--fresh trains anew over it, --out elsewhere keeps it")
-    return state
-
-def resume(path, parts, state):
-    """Put a checkpoint back into the parts and the generator -> iterations done, log. ValueError if it does not fit."""
-    with or_say(f"{path}: {DAMAGED}"):
-        for part, saved in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-        torch.manual_seed(state["settings"]["seed"] + state["done"])  # an accelerator's is not saved: new numbers there
-        torch.set_rng_state(state["rng"].cpu())
-    return state["done"], state["log"]
-
-class Progress:
-    """One line that renews itself in a terminal; elsewhere a line every 20 seconds and one at the end."""
-
-    def __init__(self, what, unit, total, done=0):
-        self.what, self.unit, self.total, self.first = what, unit, total, done
-        self.start = self.shown = time.perf_counter()
-
-    def __call__(self, done, each, note=""):
-        """done of total rounds are over, each of them worth `each` units."""
-        now, tty = time.perf_counter(), sys.stdout and sys.stdout.isatty()
-        if done == self.total or now - self.shown > (0.2 if tty else 20):
-            self.shown, rate = now, (done - self.first) / (now - self.start)
-            line = f"{self.what} {done}/{self.total}  {note}  {rate * each:,.0f} {self.unit}/s"
-            line += f"  {(self.total - done) / rate:.0f} s left" if done < self.total else f"  {now - self.start:.0f} s"
-            print(f"\r{line:<79}" if tty else line, end="" if tty and done < self.total else "\n", flush=True)
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but whatever the user can mend takes one line on stderr and ends with status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
-
-    @contextlib.contextmanager
-    def guard(self):
-        if hasattr(sys.stdout, "reconfigure"):  # what the terminal's encoding lacks is no reason to stop
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            yield
-        except (OSError, ValueError, FloatingPointError) as e:
-            self.error(e)
-        except KeyboardInterrupt:
-            self.exit(130, "\nstopped; the same command goes on from the last save\n")
-
-def at_least(least):
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-    return number
-
-def pick_device(name):
-    """ValueError if this machine does not have it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.ones(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:  # not known, not built in, not there
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-
-# ------------------------------------------------------------------------------------ training, sampling, command -----
-CJK = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(f"\n[^\\S\n]*\n|[{CJK}]|[^\\W\\d_{CJK}]+")
-
-def read_words(path, at_once=1 << 22):
-    """Yields lists of the words of a text file, or of "docstrings", "" for a blank line; a large one is read in pieces.
-    ValueError or OSError in one sentence, as of load_text()."""
-    large = path != "docstrings" and os.path.isfile(path) and os.path.getsize(path) > at_once
-    for piece in read_pieces(path, at_once) if large else [load_text(path)]:
-        yield ["" if word[0] == "\n" else word for word in WORD.findall(piece.replace("\r", "").lower())]
-
-def read_pieces(path, at_once):
-    """Yields a file's text in pieces that end with a word. ValueError if it is not UTF-8."""
-    with open(path, "rb") as file:
-        rest, done, new = b"", 0, True
-        while new:
-            new = file.read(at_once)
-            raw = rest + new
-            end = len(raw[: max(raw.rfind(b"\n"), raw.rfind(b" "), 0)].rstrip()) if new else len(raw)
-            try:
-                yield raw[:end].decode()
-            except UnicodeDecodeError as e:
-                at = done + e.start
-                raise ValueError(f"--text {path}: not UTF-8, byte {at} is {e.object[e.start]:#04x}") from None
-            rest, done = raw[end:], done + end
-
-def count_vocabulary(path, least):
-    """The words that stand `least` times or more, the commonest first -> {word: count}. ValueError for fewer than 2."""
-    counts = collections.Counter()
-    for words in read_words(path):
-        counts.update(words)
-    del counts[""]
-    kept = sorted(((word, n) for word, n in counts.items() if n >= least), key=lambda item: (-item[1], item[0]))
-    if len(kept) < 2:
-        raise ValueError(f"--text {path}: {len(kept)} words (letters) stand in it {least} times; see --min-count")
-    return dict(kept)
-
-def text_to_ids(path, vocabulary, folder):
-    """The text as ids, -1 for a blank line, words that are not in the vocabulary left out -> an int32 array in a file
-    without a name in folder, so that a text may be larger than the memory, and its SHA-256."""
-    number, sha256 = {word: i for i, word in enumerate(vocabulary)} | {"": -1}, hashlib.sha256()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for words in read_words(path):
-            raw = np.array([number[word] for word in words if word in number], np.int32).tobytes()
-            sha256.update(raw)
-            file.write(raw)
-        file.flush()
-        return np.memmap(file, np.int32, "r+"), sha256.hexdigest()[:12]
-
+# ------------------------------------------------------------------------------------------------ training ------------
 class Vectors(nn.Module):
-    """words: V different ones; table: their vectors, (V, d), at first small and random."""
+    """words: V different words; table: their vectors, (V, d), small and random."""
 
     def __init__(self, words, d):
         super().__init__()
-        self.words, self.number = words, {word: i for i, word in enumerate(words)}
+        self.words = words
+        self.number = {word: i for i, word in enumerate(words)}
         self.register_buffer("table", (torch.rand(len(words), d) - 0.5) / d)
 
     def unit(self, words):
-        """The vectors of some words, of length 1, (n, d). ValueError for a word that has none."""
+        """The vectors of some words, normalised, (n, d). ValueError for a word that has none."""
         for word in words:
             if word not in self.number:
-                raise ValueError(f"the word {word!r} is not among the {len(self.words)} that have a vector")
+                raise ValueError(f"the word {word!r} is not among the {len(self.words)} words of the vocabulary")
         return F.normalize(self.table[[self.number[word] for word in words]], dim=1)
 
+
+@torch.no_grad()
+def train(
+    text="docstrings",
+    epochs=5,
+    batch=512,
+    lr=0.025,
+    dim=100,
+    window=5,
+    negative=5,
+    sample=1e-3,
+    min_count=5,
+    model="skipgram",
+    device="cpu",
+    seed=0,
+    path=None,
+    fresh=False,
+    asked=(),
+):
+    """Trains on a text file, or on "docstrings", and returns Vectors. Seeds torch's global generator.
+
+    path: the checkpoint, resumed unless fresh; asked: words that must have a vector, or it refuses before training.
+    ValueError if the text has too few words or the checkpoint other settings, FloatingPointError if l is not finite."""
+    if model not in ("skipgram", "cbow"):
+        raise ValueError(f"model must be skipgram or cbow, not {model}")
+    if not lr > 0:
+        raise ValueError(f"--lr {lr}: must be positive")
+    words, counts, ids = load_ids(text, min_count)
+    settings = dict(method="word2vec", data=str(text), text=hashlib.sha256(ids.tobytes()).hexdigest(), words=words)
+    settings |= dict(epochs=epochs, batch=batch, lr=lr, dim=dim, window=window, negative=negative, sample=sample)
+    size = batch * AT_ONCE
+    parts = math.ceil(len(ids) / size)  # of an epoch
+    iters = epochs * parts
+    settings |= dict(min_count=min_count, model=model, seed=seed, iters=iters)
+    torch.manual_seed(seed)
+    vectors = Vectors(words, dim).to(device)
+    neighbours = Vectors(words, dim).to(device)
+    vectors.unit(asked)
+    neighbours.table.zero_()
+    counts = torch.tensor(counts, dtype=torch.float32)
+    keep = keep_probability(counts, sample)
+    table = negative_table(counts)
+    losses = []
+
+    saved = dict(vectors=vectors, neighbours=neighbours)
+    for i in iterations(iters, losses, saved, settings, path, fresh, each=len(ids) / parts):
+        rate = lr * max(1 - i / iters, 1e-4)  # (9)
+        part = ids[i % parts * size :][:size]
+        blocks = sample_blocks(torch.tensor(part), keep, table, window)
+        order = torch.randperm(len(blocks[0]))
+        here = blocks[0].flatten().bincount()
+        most = min(batch, 16 * here.sum() / here.max(), 6 * len(counts))  # words in a step
+        n = max(1, int(most) // BLOCK)
+        steps = list(zip(*(tensor[order].to(device).split(n) for tensor in blocks)))
+        for step in steps:
+            total = sgd_step(vectors.table, neighbours.table, step, negative, rate, model, measure=step is steps[-1])
+        in_window = step[3]
+        pairs = in_window.sum() if model == "skipgram" else in_window.amax(2).sum()
+        losses.append(-total / pairs.clamp(min=1))
+    return vectors
+
+
+# ------------------------------------------------------------------------------------------------- queries ------------
 def closest(vectors, target, n, without):
-    """The n words with the largest cosine to target (d,), except those in `without` -> [(word, cosine)]."""
+    """The n words whose vectors have the largest cosine with target, (d,), except some -> [(word, cosine)]."""
     cosines = F.normalize(vectors.table, dim=1) @ F.normalize(target, dim=0)
     cosines[[vectors.number[word] for word in without]] = -2
     best = cosines.topk(min(n, len(vectors.words) - len(set(without))))
     return [(vectors.words[i], cosine) for cosine, i in zip(best.values.tolist(), best.indices.tolist())]
 
+
 def nearest(vectors, word, n=8):
-    """The n words nearest to a word -> [(word, cosine)]. ValueError for a word that has no vector."""
+    """The n nearest neighbours of a word -> [(word, cosine)]. ValueError for a word without a vector."""
     return closest(vectors, vectors.unit([word])[0], n, [word])  # (10)
 
+
 def analogy(vectors, a, b, c, n=4):
-    """What is to c as b is to a -> [(word, cosine)]. ValueError for a word that has no vector."""
-    v = vectors.unit([a, b, c])
-    return closest(vectors, v[1] - v[0] + v[2], n, [a, b, c])  # (10)
+    """The words that are to c as b is to a -> [(word, cosine)]. ValueError for a word without a vector."""
+    v_a, v_b, v_c = vectors.unit([a, b, c])
+    return closest(vectors, v_b - v_a + v_c, n, [a, b, c])  # (10)
 
-def fast_products(device):
-    """The type in which products are fastest: bfloat16, 8 bits of a number, where the processor multiplies it."""
-    able = {"cuda": torch.cuda.is_bf16_supported,
-            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}  # younger than torch 2.4
-    return torch.bfloat16 if able.get(torch.device(device).type, bool)() else torch.float32
 
-def train(text="docstrings", epochs=5, batch=512, lr=0.025, dim=100, window=5, negative=5, sample=1e-3, min_count=5,
-          model="skipgram", device="cpu", seed=0, path=None, fresh=False):
-    """Learns the words of a file, or of "docstrings" -> Vectors. Seeds torch's global generator.
-
-    path: where to save; unless fresh, training goes on from what is there. ValueError if that was made otherwise or
-    the text is none, FloatingPointError if the loss is not finite (what was saved last stays)."""
-    counts = count_vocabulary(text, min_count)
-    ids, sha256 = text_to_ids(text, counts, path.parent if path else Path(tempfile.gettempdir()))
-    wanted = dict(text=sha256, model=model, dim=dim, window=window, negative=negative, sample=sample, epochs=epochs,
-                  batch=batch, lr=lr, min_count=min_count, seed=seed, words=[*counts])
-    torch.manual_seed(seed)
-    vectors, outside, tally = Vectors([*counts], dim).to(device), Vectors([*counts], dim).to(device), nn.Module()
-    outside.table.zero_()
-    tally.register_buffer("l", torch.zeros(2, device=device))  # the sum of l, and how many it is of
-    parts, done, log = (vectors, outside, tally), 0, []
-    if path and path.exists() and not fresh:
-        done, log = resume(path, parts, load_checkpoint(path, ["word2vec"], device, wanted))
-    counts = torch.tensor([*counts.values()], dtype=torch.float32)
-    keep, table = keep_chance(counts, sample), negative_table(counts)
-    products = fast_products(device)
-    reads = -(-len(ids) // (batch * AT_ONCE))  # in an epoch
-    progress, saved, (begun, first) = Progress("part", "words", epochs * reads, done), time.time(), (time.time(), done)
-    with torch.no_grad():
-        for i in range(done, epochs * reads):
-            at, rate = i % reads * batch * AT_ONCE, lr * max(1 - i / (epochs * reads), 1e-4)  # (9)
-            blocks = draw_blocks(torch.from_numpy(np.array(ids[at : at + batch * AT_ONCE])), keep, table, window)
-            mixed, here = torch.randperm(len(blocks[0])), blocks[0].flatten().bincount()
-            blocks_a_step = max(1, int(min(batch, 16 * here.sum() / here.max(), 6 * len(counts))) // BLOCK)
-            blocks = [part[mixed].to(device, non_blocking=True).split(blocks_a_step) for part in blocks]
-            for step in zip(*blocks):
-                objective = sgd_step(vectors.table, outside.table, step, negative, rate, model, products)
-            pairs = step[3].sum() if model == "skipgram" else step[3].amax(2).sum()
-            tally.l += torch.stack([-objective(), pairs])  # the loss is that of the last of these steps
-            if (i + 1) % reads == 0:
-                log.append(((i + 1) // reads, (tally.l[0] / tally.l[1].clamp(min=1)).item()))
-                tally.l.zero_()
-                if not (math.isfinite(log[-1][1]) and vectors.table.isfinite().all()):
-                    hint = "try a smaller --lr or --batch"
-                    raise FloatingPointError(f"the loss is {log[-1][1]} after iteration {i + 1}; {hint}")
-                speed = (i + 1 - first) * len(ids) / reads / (time.time() - begun)
-                line = f"epoch {log[-1][0]} of {epochs}: loss {log[-1][1]:.4f}, {speed:,.0f} words/s"
-                print(f"{line:<79}" if sys.stdout and sys.stdout.isatty() else line, flush=True)
-                begun, first = time.time(), i + 1
-            if path and (i + 1 == epochs * reads or time.time() - saved > 10):
-                save_checkpoint(path, "word2vec", wanted, parts, i + 1, log)
-                saved = time.time()
-            progress(i + 1, len(ids) / reads, f"loss {log[-1][1]:.4f}" if log else "")
-    return vectors
-
+# ------------------------------------------------------------------------------------------------- command ------------
 def load(path, device="cpu"):
-    """The Vectors of a checkpoint."""
-    state = load_checkpoint(Path(path), ["word2vec"], device)
-    with or_say(f"{path}: {DAMAGED}"):
-        vectors = Vectors(state["settings"]["words"], state["settings"]["dim"])
-        vectors.load_state_dict(state["parts"][0])
+    """The Vectors in a checkpoint of word2vec.py."""
+    settings = load_checkpoint(path, "word2vec")["settings"]
+    vectors = Vectors(settings["words"], settings["dim"])
+    load_checkpoint(path, vectors=vectors)
     return vectors.to(device)
 
-def save_text(path, vectors):
-    """word2vec's text format: a line "V d", then a line a word."""
+
+def save_vectors(path, vectors):
+    """Saves word2vec's text format: a line "V d", then a line for each word."""
     lines = [f"{len(vectors.words)} {vectors.table.shape[1]}\n"]
     for word, row in zip(vectors.words, vectors.table.tolist()):
         lines.append(" ".join([word, *(f"{x:.6g}" for x in row)]) + "\n")
-    write({path: "".join(lines).encode()})
+    path.write_text("".join(lines), "utf-8")
 
-def plot_words(vectors, n=150, side=1000):
-    """A Pillow image: the n commonest words where the two main directions of their unit vectors put them."""
+
+def draw_map(path, vectors, n=150, side=1000):
+    """Saves a map of the n most frequent words: the two principal components of their normalised vectors."""
     x = F.normalize(vectors.table[:n].cpu().double())
     x = x - x.mean(0)
     flat = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T
     low, high = flat.aminmax(dim=0)
-    spots = 50 + (side - 100) * (flat - low) / (high - low).clamp(min=1e-12)
+    places = 50 + (side - 100) * (flat - low) / (high - low).clamp(min=1e-12)
     image = Image.new("RGB", (side, side), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    for word, (across, down) in zip(vectors.words, spots.tolist()):
-        draw.text((across, down), word, "#1a5276", font, "mm")
-    return image
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(15)
+    for word, place in zip(vectors.words, places.tolist()):
+        draw.text(tuple(place), word, "#1a5276", font, "mm")
+    image.save(path)
+
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, default = parser.add_argument, inspect.signature(train).parameters
-    add("--text", default="docstrings", help="docstrings (of the standard library), or a file in UTF-8")
-    for flag, least, what in (
-            ("epochs", 1, "times that the text is read"), ("batch", 1, "words in a step, after subsampling"),
-            ("dim", 2, "d, numbers in a vector"), ("window", 1, "R, words each way"),
-            ("negative", 1, "k, negatives for each pair"), ("min-count", 1, "rarer words are left out")):
-        add("--" + flag, type=at_least(least), default=default[flag.replace("-", "_")].default, help=what)
-    add("--lr", type=float, default=default["lr"].default, help="learning rate at the start")
-    add("--sample", type=float, default=default["sample"].default, help="t of subsampling, 0 for none")
-    add("--model", choices=["skipgram", "cbow"], default="skipgram", help="which question is asked")
-    add("--nearest", nargs="+", type=str.lower, default=[], metavar="WORD", help="words to print the nearest of")
-    add("--analogy", nargs=3, type=str.lower, default=[], metavar=("A", "B", "C"), help="what is to C as B is to A")
-    add("--out", type=Path, default=Path("out", "word2vec"), help="run folder")
-    add("--device", default="auto", help="auto is cuda, else mps, else cpu")
-    add("--seed", type=int, default=0, help="same seed, same machine: same bits on the CPU")
-    add("--fresh", action="store_true", help="train anew over the run folder's checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--text", dest="data", default="docstrings", help="a UTF-8 file, or docstrings (of Python's standard library)")
+    add("--epochs", type=positive, default=5, help="passes over the text")
+    add("--batch", type=positive, default=512, help="words in a step, after subsampling")
+    add("--lr", type=float, default=0.025, help="initial learning rate")
+    add("--dim", type=positive, default=100, help="d, components of a vector")
+    add("--window", type=positive, default=5, help="R, words on each side")
+    add("--negative", type=positive, default=5, help="k, negatives for each pair")
+    add("--sample", type=float, default=1e-3, help="t of subsampling, 0 for none")
+    add("--min-count", type=positive, default=5, help="rarer words are left out")
+    add("--model", choices=("skipgram", "cbow"), default="skipgram", help="skip-gram or CBOW")
+    add("--nearest", nargs="+", type=str.lower, default=[], metavar="WORD", help="print the neighbours of these words")
+    add(
+        "--analogy",
+        nargs=3,
+        type=str.lower,
+        default=[],
+        metavar=("A", "B", "C"),
+        help="print what is to C as B is to A",
+    )
+    add("--out", type=Path, default=Path("out/word2vec"), help="run folder")
+    add("--device", type=pick_device, default=pick_device(), help="where to compute")
+    add("--seed", type=int, default=0, help="seed; on a CPU the same seed gives the same bits")
+    add("--fresh", action="store_true", help="train from scratch over the checkpoint in --out")
+    args = parse_args(parser, argv)
+    if args.dim < 2 or not 0 <= args.sample < math.inf:
+        raise ValueError(f"--dim {args.dim} --sample {args.sample}: must be at least 2, and at least 0")
+
+    path = args.out / "model.pt"
+    asked = [*args.nearest, *args.analogy]
+    if asked and finished(path, args, "word2vec"):
+        vectors = load(path, args.device)
+    else:
+        settings = args.epochs, args.batch, args.lr, args.dim, args.window, args.negative, args.sample, args.min_count
+        vectors = train(args.data, *settings, args.model, args.device, args.seed, path, args.fresh, asked)
+        save_vectors(args.out / "vectors.txt", vectors)
+        draw_map(args.out / "map.png", vectors)
+        print(f"{len(vectors.words)} words: {args.out}/vectors.txt, map.png, log.csv, model.pt")
+    for word in args.nearest or ([] if asked else vectors.words[50:350:50] or vectors.words[:3]):
+        print(f"{word}: {', '.join(f'{other} {cosine:.2f}' for other, cosine in nearest(vectors, word))}")
+    if args.analogy:
+        a, b, c = args.analogy
+        print(f"{a} : {b} = {c} : {', '.join(f'{x} {cosine:.2f}' for x, cosine in analogy(vectors, a, b, c))}")
+
+
+# ------------------------------------------------------------------------------------------------ plumbing ------------
+# Text, checkpoints, progress: the same text in every file that uses it, and nothing of the method. You may stop here.
+CJK = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+
+
+def load_text(path="docstrings"):
+    """The text of a UTF-8 file, or English that needs no download: the docstrings of Python's standard library.
+
+    ValueError or OSError, with the name of the file, if it is not UTF-8, or shorter than 1000 characters."""
+    if path != "docstrings":
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        except ValueError as e:  # not UTF-8, or a path that no file can have
+            raise ValueError(f"--text {path}: {e}") from e
+    else:
+        docs = {}  # a dictionary keeps the order, and each text once
+        library = Path(sysconfig.get_path("stdlib"))
+        nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        others = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        for file in sorted(library.rglob("*.py")):
+            if others.isdisjoint(file.relative_to(library).parts):
+                with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, OSError):
+                    warnings.simplefilter("ignore")
+                    found = ast.walk(ast.parse(file.read_bytes()))
+                    docs |= {ast.get_docstring(node): None for node in found if isinstance(node, nodes)}
+        text = "\n\n".join(filter(None, docs))
+    if len(text) < 1000:
+        raise ValueError(f"--text {path}: {len(text)} characters, at least 1000 are needed")
+    return text
+
+
+@functools.cache
+def word_pattern():
+    """A Chinese character, or a run of letters, each with its combining marks; joiners stand only within a word."""
+    marks = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char)[0] == "M")
+    letter = f"[^\\W\\d_{CJK}]"
+    return re.compile(f"[{CJK}][{marks}]*|{letter}+(?:(?:[{marks}]|[\u200c\u200d](?=[^\\W\\d_]))+{letter}*)*")
+
+
+def read_words(path):
+    """Yields the words of each paragraph of a text, in lower case. ValueError or OSError, as load_text() raises."""
+    text = load_text(path).replace("\r\n", "\n").replace("\r", "\n").replace("\u00ad", "")  # soft hyphens
+    for paragraph in re.split(r"\n[^\S\n]*\n", text.lower()):
+        yield word_pattern().findall(paragraph)
+
+
+def load_ids(path, min_count):
+    """The words that occur min_count times in a text, the most frequent first, their counts, and the text as ids.
+
+    ids: int32 (n,), -1 for a blank line; rarer words are left out. ValueError if fewer than 2 words are left."""
+    first = {}  # {word: number in the order of appearance}
+    pieces = []
+    for words in read_words(path):
+        pieces += [np.array([first.setdefault(word, len(first)) for word in words], np.int32), np.array([-1], np.int32)]
+    ids = np.concatenate(pieces[:-1])
+    counts = np.bincount(ids[ids >= 0], minlength=len(first)).tolist()
+    names = list(first)
+    order = sorted(range(len(names)), key=lambda i: (-counts[i], names[i]))
+    order = [i for i in order if counts[i] >= min_count]
+    if len(order) < 2:
+        raise ValueError(f"--text {path}: {len(order)} words (letters) occur {min_count} times; try --min-count")
+    number = np.full(len(names) + 1, -2, np.int32)  # -2: left out
+    number[order] = np.arange(len(order))
+    number[-1] = -1
+    ids = number[ids]
+    return [names[i] for i in order], [counts[i] for i in order], ids[ids > -2]
+
+
+def finished(path, args, method):
+    """Whether the checkpoint at path is of a finished training with these flags. Questions to it need no text."""
+    if args.fresh or not path.exists():
+        return False
+    state = load_checkpoint(path, method)
+    settings = state["settings"]
+    same = all(settings.get(name) in (None, value) for name, value in vars(args).items())
+    return same and state["done"] == settings["iters"]
+
+
+def save_checkpoint(path, state, columns):
+    """Saves a checkpoint, and its log as log.csv. A kill or a full disk leaves the old checkpoint intact."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_bytes(file.getvalue())
+        np.savetxt(path.with_name("log.csv"), state["log"], "%.9g", ",", header=f"iteration,{columns}", comments="")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, *methods, **parts):
+    """What save_checkpoint saved, on the CPU; each of the parts (a module, an optimiser) loads its own state.
+
+    ValueError if the file is damaged, does not fit the parts, or was made by another method."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method = state["settings"]["method"]
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+    except Exception as e:  # of many kinds, and most do not name the file
+        hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
+        raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
+    if methods and method not in methods:
+        raise ValueError(f"{path}: made by {method}.py, not by {' or '.join(methods)}.py")
+    return state
+
+
+def iterations(iters, losses, parts, settings, path, fresh, columns="loss", validate=None, each=None):
+    """Yields the iterations still to be done. Every 100 it logs; every 10 seconds, and at the end, it saves to path.
+
+    losses: the loop appends the loss of each iteration, a scalar or one value for each of the columns.
+    parts: {name: module or optimiser} to save; settings: what a checkpoint must agree on to be resumed.
+    validate(log) returns one more value for the log. each: items in an iteration, if they are not the batch.
+    FloatingPointError if a value is not finite."""
+    done, log = 0, []
+    status = {}
+    saved = time.time()
+    if path and path.exists() and not fresh:
+        made = load_checkpoint(path, settings["method"])["settings"]
+        words = {"images": "other images", "labels": "other labels", "text": "another text", "words": "other words"}
+        differ = [k for k in settings if made.get(k) != settings[k] and k != "data"]
+        if differ:
+            said = "; ".join(words.get(k, f"{k} {made.get(k)}, not {settings[k]}") for k in differ)
+            raise ValueError(f"{path}: made with {said}; --fresh trains from scratch, another --out keeps it")
+        state = load_checkpoint(path, **parts)
+        done, log = state["done"], state["log"]
+        torch.manual_seed(settings["seed"] + done)  # a GPU's generator is not saved, but seeded again
+        torch.set_rng_state(state["rng"])
+    for i in progress(range(done, iters), "iteration", each or settings["batch"], status):
+        yield i
+        if (i + 1) % 100 and i + 1 < iters:
+            continue
+        means = torch.stack(losses).mean(0).flatten().tolist()  # waits for the GPU, so only here
+        losses.clear()
+        log.append((i + 1, *means, *([validate(log)] if validate else [])))
+        status.update(zip(columns.split(","), log[-1][1:]))
+        if not np.isfinite(log[-1]).all():
+            raise FloatingPointError(f"{columns} not finite at iteration {i + 1}; try a smaller --lr")
+        writer = path and os.environ.get("RANK", "0") == "0"  # under torchrun only the first process saves
+        if writer and (i + 1 == iters or time.time() - saved > 10):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state = dict(settings=settings, parts=state, done=i + 1, log=log, rng=torch.get_rng_state())
+            save_checkpoint(path, state, columns)
+            saved = time.time()
+
+
+def progress(steps, what, each=1, status=()):
+    """Iterates over a range and prints how far it is, every 10 seconds and at the end.
+
+    each: how many items one number of the range stands for; status: {name: value}, printed as well."""
+    start = shown = time.time()
+    for i in steps:
+        yield i
+        done = min(i + steps.step, steps.stop)
+        now = time.time()
+        if done == steps.stop or now - shown > 10:
+            shown = now
+            rate = (done - steps.start) / max(now - start, 1e-9)
+            left = (steps.stop - done) / rate
+            values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
+            print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
+
+
+def parse_args(parser, argv, path=None):
+    """Parses the flags. Their defaults are the settings of the checkpoint at path, or else in --out, if it exists."""
     args = parser.parse_args(argv)
-    with parser.guard():
-        if not 0 <= args.sample < math.inf:
-            raise ValueError(f"--sample {args.sample}: want a number that is at least 0")
-        device, path = pick_device(args.device), args.out / "model.pt"
-        vectors = train(args.text, args.epochs, args.batch, args.lr, args.dim, args.window, args.negative, args.sample,
-                        args.min_count, args.model, device, args.seed, path, args.fresh)
-        save_text(args.out / "vectors.txt", vectors)
-        png = io.BytesIO()
-        plot_words(vectors).save(png, "PNG")
-        write({args.out / "map.png": png.getvalue()})
-        show = lambda pairs: ", ".join(f"{word} {cosine:.2f}" for word, cosine in pairs)
-        for word in args.nearest or vectors.words[50:350:50] or vectors.words[:3]:
-            print(f"{word}: {show(nearest(vectors, word))}")
-        if args.analogy:
-            a, b, c = args.analogy
-            print(f"{a} : {b} = {c} : {show(analogy(vectors, a, b, c))}")
-        print(f"{len(vectors.words)} words: vectors.txt, map.png in {args.out}, with log.csv, model.pt")
+    path = path or args.out / "model.pt"
+    if path.exists() and not args.fresh:
+        settings = load_checkpoint(path)["settings"]
+        parser.set_defaults(**{name: value for name, value in settings.items() if name in args and value is not None})
+        args = parser.parse_args(argv)
+    return args
+
+
+def pick_device(name=None):
+    """An argparse type: the name of a device that this machine has. Without a name, the first of cuda, mps and cpu."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name or found)
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(str(e).splitlines()[0]) from e
+    return name or found
+
+
+def positive(text):
+    """An argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="backslashreplace")  # escapes what the terminal's encoding lacks
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command resumes from the last checkpoint")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"{Path(__file__).name}: out of GPU memory; try a smaller --batch or --width")
+    except (OSError, ValueError, FloatingPointError) as e:
+        sys.exit(" ".join(f"{Path(__file__).name}: {e}".split()))
