@@ -255,7 +255,7 @@ class Call:
 
         self.arguments = rebuild([args, kwargs], torch.Tensor, number, {})
         root = torch.empty(0, requires_grad=True)
-        self.saver = Saver.apply(root, *tensors).grad_fn
+        self.saver = Saver.apply(root, *tensors)
 
     def run(self, args, kwargs):
         """(what f returns, a note of each tensor that autograd wants to store)."""
@@ -287,7 +287,7 @@ class Call:
 
     def run_again(self):
         """Runs f again. RuntimeError if it does not store the same tensors."""
-        tensors = self.saver.saved_tensors  # RuntimeError if one was changed in place
+        tensors = self.saver.grad_fn.saved_tensors  # RuntimeError if one was changed in place
         args, kwargs = rebuild(self.arguments, Number, tensors.__getitem__, {})
         with self.conditions.second_run(), torch.enable_grad():
             _, notes = self.run(args, kwargs)  # (2)

@@ -106,41 +106,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-# ---------------------------------------------------------------------------------------- method: the game ------------
-def loss_d(real_logits, fake_logits):
-    """The loss of D in nats, a scalar, from the logits of real images, (N,), and of generated ones, (M,)."""
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()  # (5)
-
-
-def loss_g(fake_logits, kind="nonsaturating"):
-    """The loss of G in nats, a scalar, from the logits (N,) of its images. ValueError if the kind is unknown."""
-    if kind == "nonsaturating":
-        return F.softplus(-fake_logits).mean()  # (7)
-    if kind == "minimax":
-        return -F.softplus(fake_logits).mean()  # (6)
-    raise ValueError(f"loss must be nonsaturating or minimax, not {kind}")
-
-
-def d_step(d, opt, x, fake):
-    """One step of d on real and generated images (N, C, H, W). Returns its loss and both logits, from before it."""
-    real_logits = d(x)
-    fake_logits = d(fake.detach())  # (1), over D: the gradient stops here
-    loss = loss_d(real_logits, fake_logits)
-    opt.zero_grad()
-    loss.backward()
-    opt.step()  # (8), towards (2)
-    return loss.detach(), real_logits.detach(), fake_logits.detach()
-
-
-def g_step(G, d, opt, fake, kind="nonsaturating"):
-    """One step of G on its images fake = G(z). Returns the loss from before it. d keeps its weights."""
-    loss = loss_g(d(fake), kind)  # (1), over G: the gradient passes through d
-    opt.zero_grad()
-    loss.backward(inputs=list(G.parameters()))  # and is not computed for the weights of d
-    opt.step()  # (8)
-    return loss.detach()
-
-
 # ------------------------------------------------------------------------------------------------- network ------------
 # Any G from (N, latent) to (N, C, H, W) and any d from there to (N,) would do. These are small DCGANs.
 def layer(conv, activation):
@@ -200,6 +165,41 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.net(x).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------- method: the game ------------
+def loss_d(real_logits, fake_logits):
+    """The loss of D in nats, a scalar, from the logits of real images, (N,), and of generated ones, (M,)."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()  # (5)
+
+
+def loss_g(fake_logits, kind="nonsaturating"):
+    """The loss of G in nats, a scalar, from the logits (N,) of its images. ValueError if the kind is unknown."""
+    if kind == "nonsaturating":
+        return F.softplus(-fake_logits).mean()  # (7)
+    if kind == "minimax":
+        return -F.softplus(fake_logits).mean()  # (6)
+    raise ValueError(f"loss must be nonsaturating or minimax, not {kind}")
+
+
+def d_step(d, opt, x, fake):
+    """One step of d on real and generated images (N, C, H, W). Returns its loss and both logits, from before it."""
+    real_logits = d(x)
+    fake_logits = d(fake.detach())  # (1), over D: the gradient stops here
+    loss = loss_d(real_logits, fake_logits)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()  # (8), towards (2)
+    return loss.detach(), real_logits.detach(), fake_logits.detach()
+
+
+def g_step(G, d, opt, fake, kind="nonsaturating"):
+    """One step of G on its images fake = G(z). Returns the loss from before it. d keeps its weights."""
+    loss = loss_g(d(fake), kind)  # (1), over G: the gradient passes through d
+    opt.zero_grad()
+    loss.backward(inputs=list(G.parameters()))  # and is not computed for the weights of d
+    opt.step()  # (8)
+    return loss.detach()
 
 
 # ------------------------------------------------------------------------------------------------ training ------------
@@ -286,7 +286,7 @@ def js_bound(real_logits, fake_logits):
 
 
 def slerp(x, y, a):
-    """Spherical interpolation between two latents (C, H, W), from x (a = 0) to y (a = 1)."""
+    """Spherical interpolation between two latents of one shape, from x (a = 0) to y (a = 1)."""
     cos = F.cosine_similarity(x.flatten(), y.flatten(), dim=0)
     theta = torch.arccos(cos.clamp(-1, 1))
     if theta.sin() < 1e-4:  # parallel or opposite: the great circle is not unique
@@ -494,7 +494,7 @@ def read_picture(path, size, channels):
             grey = np.array(picture, np.float64)
             sixteen = file.format == "PNG" or ";16" in picture.mode or grey.max() > 255
             top = 65535 if sixteen else 1 if picture.mode == "F" and grey.max() <= 1 else 255
-            if not (grey.min() >= 0 and grey.max() <= top):
+            if not (grey.min() >= 0 and grey.max() <= top) or picture.mode == "F" and 1 < grey.max() < 2:
                 raise ValueError(f"grey values from {grey.min()} to {grey.max()}")
             picture = Image.fromarray((grey / top * 255).round().astype(np.uint8))
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -527,7 +527,7 @@ def load_images(data, size=28, channels=1, test=False):
 
 def image_settings(images):
     """What a checkpoint remembers of its images. ValueError unless they are uint8 (N, C, H, H)."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3]:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3] or not len(images):
         raise ValueError(f"images must be uint8 (N, C, H, H), square, not {images.dtype} {tuple(images.shape)}")
     sha256 = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()
     return dict(channels=images.shape[1], size=images.shape[2], images=sha256)

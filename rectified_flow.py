@@ -536,7 +536,7 @@ def read_picture(path, size, channels):
             grey = np.array(picture, np.float64)
             sixteen = file.format == "PNG" or ";16" in picture.mode or grey.max() > 255
             top = 65535 if sixteen else 1 if picture.mode == "F" and grey.max() <= 1 else 255
-            if not (grey.min() >= 0 and grey.max() <= top):
+            if not (grey.min() >= 0 and grey.max() <= top) or picture.mode == "F" and 1 < grey.max() < 2:
                 raise ValueError(f"grey values from {grey.min()} to {grey.max()}")
             picture = Image.fromarray((grey / top * 255).round().astype(np.uint8))
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -569,7 +569,7 @@ def load_images(data, size=28, channels=1, test=False):
 
 def image_settings(images):
     """What a checkpoint remembers of its images. ValueError unless they are uint8 (N, C, H, H)."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3]:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3] or not len(images):
         raise ValueError(f"images must be uint8 (N, C, H, H), square, not {images.dtype} {tuple(images.shape)}")
     sha256 = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()
     return dict(channels=images.shape[1], size=images.shape[2], images=sha256)

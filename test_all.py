@@ -395,6 +395,43 @@ def check_run_folder(module, out, shape):
             assert grid.format == "PNG" and grid.mode == ("RGB" if len(shape) == 4 else "L")
 
 
+# What each docstring says to break, as (old, new); it also names the test that then fails.
+BREAK = {
+    "bpe": ("i = pairs.index(best)", "i = len(pairs) - 1 - pairs[::-1].index(best)"),
+    "word2vec": ("d_c = g * u[o] -", "d_c = g * v[o] -"),
+    "rnn": ("        d_c = d_c * f  # (9)\n", ""),
+    "vae": ("F.softplus(logits)).flatten(1).sum(1)", "F.softplus(logits)).flatten(1).mean(1)"),
+    "gan": ("d(fake.detach())", "d(fake)"),
+    "nice": ("log_logistic(h) + log_det", "log_logistic(h)"),
+    "realnvp": (" + log_det_h  # (4)", ""),
+    "pixelcnn": ('self.left = Left("A"', 'self.left = Left("B"'),
+    "cpc": ("scores.log_softmax(-1)", "scores.log_softmax(-2)"),
+    "ddpm": ("    z = torch.zeros_like(z) if t == 0 else z\n", ""),
+    "ddim": ("        eps = (x_t - a_t**0.5 * x_0) / (1 - a_t) ** 0.5  # (3)\n", ""),
+    "rectified_flow": ("    t = t.view(-1, 1, 1, 1)\n", ""),
+    "checkpointing": ("return parts[:-1] + parts[-1]", "return parts"),
+}
+
+
+@each(*NAMES)
+def test_repo_break_it(module):
+    """The line that a docstring says one may break is there, and the test that it names fails without it."""
+    name, source = module.__name__, SOURCES[module.__name__]
+    old, new = BREAK[name]
+    test = globals()[re.search(r"Break it.*?(test_\w+)\s+fails", module.__doc__, re.S)[1]]
+    test()
+    end = source.index('"""', source.index('"""') + 3)
+    assert source[end:].count(old) == 1, old
+    broken = types.ModuleType(name)
+    exec(compile(source[:end] + source[end:].replace(old, new), name, "exec"), vars(broken))
+    with mock.patch.dict(globals(), {name: broken}):
+        try:
+            test()
+        except Exception:
+            return
+    raise AssertionError(f"{name}: broken, and nothing failed")
+
+
 # -------------------------------------------------------------------------------- runs: stop, resume, kill ------------
 TINY = {"--size": 8, "--width": 8, "--iters": 2, "--batch": 2, "--samples": 2, "--bound": 2, "--inpaint": 2}
 TINY |= {"--depth": 5, "--out": "run"}
@@ -645,14 +682,16 @@ def test_bad_data():
     """Data that cannot be read are refused in one line that names the file or the folder."""
     x, name, picture = np.arange(128, dtype=np.uint8).reshape(2, 8, 8), "train-images-idx3-ubyte", io.BytesIO()
     Image.fromarray(x[0].repeat(9, 0).repeat(9, 1)).save(picture, "PNG")
-    zipped, deep = gzip.compress(idx(x)), io.BytesIO()
+    zipped, deep, bright = gzip.compress(idx(x)), io.BytesIO(), io.BytesIO()
     Image.fromarray(np.full((4, 4), -1.0, np.float32)).save(deep, "TIFF")
-    bad = [({"a.txt": b"x"}, "neither"), ({}, "neither"), ({name + ".gz": zipped[:-20]}, name), ({name: b""}, name)]
+    Image.fromarray(np.full((4, 4), 1.01, np.float32)).save(bright, "TIFF")  # neither 0 .. 1 nor 0 .. 255
+    bad = [({"a.tif": deep.getvalue()}, "a.tif.*-1"), ({"a.tif": bright.getvalue()}, "a.tif.*from 1.0")]
+    bad += [({"a.txt": b"x"}, "neither"), ({}, "neither"), ({name + ".gz": zipped[:-20]}, name), ({name: b""}, name)]
     bad += [({name + ".gz": zipped[:10] + bytes(99)}, name), ({name: b"\0\0\x0d" + idx(x)[3:]}, name)]
     bad += [({name: idx(x)[:-1]}, name), ({name: idx(x) + b"x"}, name), ({name: idx(x[:0])}, name)]
     bad += [({name: bytes([0, 0, 8, 3]) + b"\x7f\xff\xff\xff" * 3 + bytes(50)}, name), ({name: idx(x[:, 0, 0])}, name)]
     bad += [({"t10k-images-idx3-ubyte": idx(x)}, name), ({"sub/a.png": b"hello"}, "a.png"), ({"a.jpg": b""}, "a.jpg")]
-    bad += [({"a.png": picture.getvalue()[:-30]}, "a.png"), ({"a.tif": deep.getvalue()}, "a.tif.*-1")]
+    bad += [({"a.png": picture.getvalue()[:-30]}, "a.png")]
     bad += [
         ({f"emnist-{kind}-{name}": idx(x + k) for k, kind in enumerate(("letters", "digits"))}, "several data sets")
     ]
@@ -673,8 +712,9 @@ def test_bad_data():
 @each(*[name for name in IMAGES if name != "checkpointing"])
 def test_bad_images(module):
     """train() refuses images that are not square or not bytes: floats would be taken for something else."""
-    for images in torch.rand(4, 1, 8, 8), torch.zeros(4, 1, 8, 12, dtype=torch.uint8), torch.zeros(4, 8, 8).byte():
-        raises(r"uint8.*not .*\(4,", module.train, images, iters=1)
+    bytes_ = torch.zeros(4, 1, 8, 12, dtype=torch.uint8)
+    for images in torch.rand(4, 1, 8, 8), bytes_, bytes_[:, 0], bytes_[:0, :, :, :8], bytes_[..., :8].long():
+        raises(r"uint8.*not .*\([40],", module.train, images, iters=1)
 
 
 # ---------------------------------------------------------------------------------------------------- data ------------
