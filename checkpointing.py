@@ -395,7 +395,8 @@ def random_states():
     """[(function that sets it, state)] of torch's global random generators."""
     states = [(torch.set_rng_state, torch.get_rng_state())]
     for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        states.append((functools.partial(torch.cuda.set_rng_state, device=i), torch.cuda.get_rng_state(i)))
+        device = f"cuda:{i}"
+        states.append((functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
     if torch.backends.mps.is_available():
         states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     return states
