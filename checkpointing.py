@@ -582,7 +582,7 @@ def train(iters=300, batch=128, lr=1e-3, width=128, depth=100, device="cpu", see
     """Trains a chain of layers and returns it. Seeds torch's global generator.
 
     choice: strategy, slots and budget, as in choose_schedule(); on the CPU no bit of the result depends on them.
-    path: the checkpoint, resumed unless fresh. ValueError if it was made with other settings, or the budget is too
+    path: the checkpoint, resumed unless fresh. ValueError if the checkpoint has other settings, or the budget is too
     small; FloatingPointError if the loss is not finite."""
     settings = dict(method="checkpointing", width=width, depth=depth, iters=iters, batch=batch, lr=lr, seed=seed)
     torch.manual_seed(seed)
@@ -718,7 +718,7 @@ def load_checkpoint(path, *methods, **parts):
         method = state["settings"]["method"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
         raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
     if methods and method not in methods:

@@ -177,7 +177,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Maps x (N, channels, size, size) and t (N,), from 0 to t_max, to (N, channels, size, size).
+    """Maps x (N, channels, size, size) and t (N,), in 0 .. t_max, to (N, channels, size, size).
 
     pixel_unshuffle folds 2x2 pixels into channels, so the network works at half the resolution.
     ValueError unless size is a multiple of 4, and width of 8."""
@@ -226,7 +226,7 @@ class UNet(nn.Module):
 def draw_t(n, T, device="cpu"):
     """n time steps, small ones more often, and weights: 𝔼[weight f(t)] is the mean of f over 0 .. T-1.
 
-    Small t have the larger gradients. P(t) ∝ √(t + 21) - √(t + 20), one draw in each n-th of it,
+    Small t have the larger gradients. P(t) ∝ √(t + 21) - √(t + 20), with one sample in each n-th of the distribution,
     reduces the variance of the gradient to a third of that of uniform t."""
     low, high = 20**0.5, (T + 20) ** 0.5
     u = (torch.rand(1, device=device) + torch.arange(n, device=device) / n) % 1
@@ -238,8 +238,8 @@ def draw_t(n, T, device="cpu"):
 def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0, path=None, fresh=False, data=None):
     """Trains on uint8 images (N, C, H, H) and returns the EMA model. Seeds torch's global generator.
 
-    path: the checkpoint, resumed unless fresh; data: where the images are from, for it to remember.
-    ValueError if it was made with other settings, FloatingPointError if the loss is not finite."""
+    path: the checkpoint, resumed unless fresh; data: the name of the data, stored in it.
+    ValueError if the checkpoint has other settings, FloatingPointError if the loss is not finite."""
     settings = dict(method="ddpm", data=data, width=width, iters=iters, batch=batch, lr=lr, seed=seed)
     settings |= image_settings(images)
     rank, world = processes(device, batch)
@@ -495,7 +495,7 @@ def read_bytes(path):
     raw = path.read_bytes()
     try:
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         raise ValueError(f"{path}: {e}") from e
 
 
@@ -523,7 +523,7 @@ def read_picture(path, size, channels):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
         picture = ImageOps.fit(picture.convert("RGB" if channels == 3 else "L"), (size, size))
         return np.array(picture).reshape(size, size, channels).transpose(2, 0, 1)
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         raise ValueError(f"{path}: not a picture that can be read ({e})") from e
 
 
@@ -600,7 +600,7 @@ def load_checkpoint(path, *methods, **parts):
         method = state["settings"]["method"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
         raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
     if methods and method not in methods:

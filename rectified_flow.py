@@ -164,7 +164,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Maps x (N, channels, size, size) and t (N,), from 0 to t_max, to (N, channels, size, size).
+    """Maps x (N, channels, size, size) and t (N,), in 0 .. t_max, to (N, channels, size, size).
 
     pixel_unshuffle folds 2x2 pixels into channels, so the network works at half the resolution.
     ValueError unless size is a multiple of 4, and width of 8."""
@@ -229,8 +229,8 @@ def train(
 
     start: a flow of the same width. If given, this is a reflow: images may be None, and training continues
     from start, on so many pairs of noise and the image that start maps it to in pair_steps Euler steps.
-    path: the checkpoint, resumed unless fresh; data: where the images are from, for it to remember.
-    ValueError if it was made with other settings, FloatingPointError if the loss is not finite."""
+    path: the checkpoint, resumed unless fresh; data: the name of the data, stored in it.
+    ValueError if the checkpoint has other settings, FloatingPointError if the loss is not finite."""
     settings = dict(method="rectified_flow", data=data, width=width, iters=iters, batch=batch, lr=lr, seed=seed)
     settings |= image_settings(images) if start is None else reflow_settings(start, pairs, pair_steps)
     rank, world = processes(device, batch)
@@ -514,7 +514,7 @@ def read_bytes(path):
     raw = path.read_bytes()
     try:
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         raise ValueError(f"{path}: {e}") from e
 
 
@@ -542,7 +542,7 @@ def read_picture(path, size, channels):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
         picture = ImageOps.fit(picture.convert("RGB" if channels == 3 else "L"), (size, size))
         return np.array(picture).reshape(size, size, channels).transpose(2, 0, 1)
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         raise ValueError(f"{path}: not a picture that can be read ({e})") from e
 
 
@@ -619,7 +619,7 @@ def load_checkpoint(path, *methods, **parts):
         method = state["settings"]["method"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
         raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
     if methods and method not in methods:

@@ -277,7 +277,7 @@ def train(
 ):
     """Trains on the first nine tenths of a text and returns the EMA model. Seeds torch's global generator.
 
-    path: the checkpoint, resumed unless fresh; data: where the text is from, for it to remember. ValueError if it was
+    path: the checkpoint, resumed unless fresh; data: the name of the text, stored in it. ValueError if it was
     made with other settings or the text is too short, FloatingPointError if the loss is not finite."""
     if not 0 <= dropout < 1:
         raise ValueError(f"--dropout {dropout}: must be at least 0 and below 1")
@@ -546,7 +546,7 @@ def load_checkpoint(path, *methods, **parts):
         method = state["settings"]["method"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
         raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
     if methods and method not in methods:

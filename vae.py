@@ -216,8 +216,8 @@ def train(
 ):
     """Trains on uint8 images (N, C, H, H) and returns the EMA model. Seeds torch's global generator.
 
-    path: the checkpoint, resumed unless fresh; data: where the images are from, for it to remember.
-    ValueError if it was made with other settings, FloatingPointError if the loss is not finite."""
+    path: the checkpoint, resumed unless fresh; data: the name of the data, stored in it.
+    ValueError if the checkpoint has other settings, FloatingPointError if the loss is not finite."""
     settings = dict(method="vae", data=data, width=width, latent=latent, iters=iters, batch=batch, lr=lr, seed=seed)
     settings |= image_settings(images)
     torch.manual_seed(seed)
@@ -453,7 +453,7 @@ def read_bytes(path):
     raw = path.read_bytes()
     try:
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         raise ValueError(f"{path}: {e}") from e
 
 
@@ -481,7 +481,7 @@ def read_picture(path, size, channels):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
         picture = ImageOps.fit(picture.convert("RGB" if channels == 3 else "L"), (size, size))
         return np.array(picture).reshape(size, size, channels).transpose(2, 0, 1)
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         raise ValueError(f"{path}: not a picture that can be read ({e})") from e
 
 
@@ -558,7 +558,7 @@ def load_checkpoint(path, *methods, **parts):
         method = state["settings"]["method"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
         raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
     if methods and method not in methods:

@@ -505,7 +505,7 @@ def load_checkpoint(path, *methods, **parts):
         method = state["settings"]["method"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    except Exception as e:  # of many kinds, and most do not name the file
+    except Exception as e:  # libraries raise many types, and most do not name the file
         hint = "damaged, or not a checkpoint of this network; --fresh trains from scratch"
         raise ValueError(f"{path}: {hint} ({type(e).__name__})") from e
     if methods and method not in methods:
