@@ -218,7 +218,7 @@ def choose_schedule(layers, x, strategy="sqrt", slots=10, budget=4.0):
     if strategy == "binomial":
         return binomial(n, slots)
     if strategy == "budget":
-        return in_budget(measure(layers, x), budget * 1e6)
+        return in_budget(measure_chain(layers, x), budget * 1e6)
     raise ValueError(f"strategy {strategy!r} is none of {STRATEGIES}")
 
 
@@ -542,7 +542,7 @@ def clock(jobs, device):
     return np.median(seconds[1:], 0)
 
 
-def measure(layers, x):
+def measure_chain(layers, x):
     """The Chain of the layers, each measured alone. x: the input of the first."""
     chain = Chain([], [], [])
     for layer in layers:
@@ -615,7 +615,7 @@ def print_table(ways, layers, x):
 
     ways: {name: arguments of forward_backward() after layers}. A way with a checkpoint function of its own stores by
     hooks of its own, so its bytes cannot be counted."""
-    chain = measure(layers, x)
+    chain = measure_chain(layers, x)
     seconds = clock([functools.partial(forward_backward, layers, *way) for way in ways.values()], x.device)
     peaks = {}
     print("strategy             | MB stored             | runs of a layer   | s a step | of the first")

@@ -115,13 +115,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 # ---------------------------------------------------------------------------------- method: the couplings ------------
-def halves(x):
+def even_odd(x):
     """The components of x (N, D) with even index, (N, D - D // 2), and with odd index, (N, D // 2)."""
     return x[:, 0::2], x[:, 1::2]
 
 
 def interleave(a, b):
-    """The inverse of halves(): x (N, D)."""
+    """The inverse of even_odd(): x (N, D)."""
     x = a.new_empty(len(a), a.shape[1] + b.shape[1])
     x[:, 0::2] = a
     x[:, 1::2] = b
@@ -130,7 +130,7 @@ def interleave(a, b):
 
 def couple_all(x, ms):
     """x (N, D) -> y (N, D), after one coupling for each network of ms. The first shifts b, the second a, and so on."""
-    a, b = halves(x)
+    a, b = even_odd(x)
     for i, m in enumerate(ms):
         if i % 2 == 0:
             b = b + m(a)  # (5)
@@ -141,7 +141,7 @@ def couple_all(x, ms):
 
 def uncouple_all(y, ms):
     """The inverse of couple_all(): x (N, D) from y (N, D), the last coupling first."""
-    a, b = halves(y)
+    a, b = even_odd(y)
     for i, m in reversed(list(enumerate(ms))):
         if i % 2 == 0:
             b = b - m(a)  # (6)
@@ -194,7 +194,7 @@ class NICE(nn.Module):
     def initialise(self, x):
         """Fits the model to a few thousand dequantised images x. Every h_i begins with mean 0 (if there are at least
         two couplings) and mean square 1.8², which is about π²/3, the variance of the standard logistic."""
-        a, b = halves(x.flatten(1))
+        a, b = even_odd(x.flatten(1))
         for i, m in enumerate(self.m):
             half = b if i % 2 == 0 else a
             m.unit.copy_(half.std(0, correction=0))

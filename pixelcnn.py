@@ -115,9 +115,9 @@ def causal_mask(kind, c_out, c_in, k, colours):
     in_colour = torch.arange(c_in) * colours // c_in
     mask = torch.ones(c_out, c_in, 1, k)
     if kind == "A":
-        mask[:, :, 0, -1] = (in_colour < out_colour[:, None]).float()  # (3) (4)
+        mask[:, :, 0, -1] = (in_colour < out_colour[:, None]).float()  # (4)
     else:
-        mask[:, :, 0, -1] = (in_colour <= out_colour[:, None]).float()  # (3) (4)
+        mask[:, :, 0, -1] = (in_colour <= out_colour[:, None]).float()  # (4)
     return mask
 
 
@@ -183,7 +183,7 @@ class PixelCNN(nn.Module):
         self.down = nn.ModuleList()  # residual blocks of the vertical stack
         for _ in range(layers):
             self.down.append(nn.ModuleList([Above(width, width, 2, 5), nn.Conv2d(width, width, 1)]))
-        self.left = Left("A", channels, width, 4, channels)
+        self.left = Left("A", channels, width, 4, channels)  # (3)
         self.right = nn.ModuleList()  # residual blocks of the horizontal stack
         for _ in range(layers):
             block = [Left("B", width, width, 3, channels), Left("B", width, width, 1, channels)]

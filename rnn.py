@@ -433,7 +433,7 @@ def finished(path, args, method):
     return same and state["done"] == settings["iters"]
 
 
-def measure(model, text, other, out):
+def report(model, text, other, out):
     """Prints the nats on the last tenth of the text, and draws lag.png. other: a model to show as well, or None."""
     first = len(text) * 9 // 10
     lags = min(100, (len(text) - first - 1) // 2)
@@ -491,7 +491,7 @@ def main(argv=None):
     (args.out / "samples.txt").write_bytes(drawn.encode())
     print(drawn)
     if not only_sample:
-        measure(model, text, other, args.out)
+        report(model, text, other, args.out)
     print(f"{args.samples} sampled characters: {args.out}/samples.txt{', lag.png' * (not only_sample)}")
 
 

@@ -214,18 +214,7 @@ ONE = ddim  # the plumbing is the same text in every file, so it is tested in on
 
 
 # ------------------------------------------------------------------------------------------ the repository ------------
-METHOD = {
-    "train",
-    "sample",
-    "load",
-    "main",
-    "log_prob",
-    "encode",
-    "decode",
-    "evaluate",
-    "measure",
-    "halves",
-}  # a method's own, in its file
+METHOD = {"train", "sample", "load", "main", "log_prob", "encode", "decode", "evaluate"}  # a method's own, in its file
 
 
 def definitions(source):
@@ -4300,7 +4289,7 @@ def test_checkpointing_eq3_4_5_6_7_bytes_and_runs():
     w = 2 * 3 * 4
     for n in 1, 2, 3, 7, 16, 17, 40:
         layers, x = checkpointing.make_chain(3, n), torch.randn(2, 3)
-        chain, m = checkpointing.measure(layers, x), math.isqrt(n - 1) + 1
+        chain, m = checkpointing.measure_chain(layers, x), math.isqrt(n - 1) + 1
         want = {"none": (n * 2 * w, n), "every": ((n - 1) * w + 2 * w, 2 * n - 1)}
         want["sqrt"] = (m - 1) * w + math.ceil(n / m) * 2 * w, 2 * n - math.ceil(n / m)
         want["recursive"] = (n - 1).bit_length() * w + 2 * w, n + sum(bin(i).count("1") for i in range(n))
@@ -4396,7 +4385,7 @@ def test_checkpointing_eq8_budget_holds_for_real_layers():
     """What is stored never exceeds the budget: 130 layers in blocks, and layers that store their outputs."""
     x = torch.randn(6, 4)
     for layers in checkpointing.make_chain(4, 101), [nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()) for _ in range(12)]:
-        chain = checkpointing.measure(layers, x)
+        chain = checkpointing.measure_chain(layers, x)
         for budget in np.linspace(0.4, 1, 3) * sum(chain.a):
             schedule = checkpointing.in_budget(chain, budget)
             found, runs = checkpointing.count(layers, schedule, x)
