@@ -3,32 +3,35 @@
 # dependencies = ["torch>=2.4", "numpy>=1.26", "pillow>=10.1"]
 # ///
 # SPDX-License-Identifier: MIT
-"""Byte-pair encoding (BPE): a tokenizer that learns its tokens by merging the most frequent pairs.
+r"""Byte-pair encoding (BPE): a tokenizer that learns its tokens by merging the most frequent pairs.
 
-Tokens are built from bytes by repeatedly merging the most frequent adjacent pair. The file reads
-and writes the files of GPT-2 and tiktoken; with GPT-2's files it gives GPT-2's ids.
+At first each byte of a text is a token. Training repeatedly merges the most frequent pair of
+adjacent tokens into a new token. The file reads and writes the files of GPT-2 and tiktoken; with
+GPT-2's files it gives GPT-2's ids.
 
 Paper: Sennrich, Haddow, Birch, "Neural Machine Translation of Rare Words with Subword Units", 2016,
 arXiv:1508.07909. Bytes as in Radford et al., "Language Models are Unsupervised Multitask Learners",
 2019 (GPT-2).
 
 symbol        in the code     meaning
-w             word            a pre-token, such as a word with its leading space: at first its bytes
+w             word            a pre-token (a word with its leading space, say) as a list of tokens
 w_i           word[i]         its i-th token, a bytes object
 n_w           n_w             how often w occurs in the text
 n(a, b)       counts[a, b]    how often token b follows token a within words
 ab            a + b           the token that the merge of a and b produces
-rank(a, b)    ranks[a, b]     position of the merge in the list of merges: 0 is the first learned
+rank(a, b)    ranks[a, b]     position of the merge in the order of learning, from 0; ∞ if (a, b) is
+                              not among the merges
 id            tokens[a]       number of a token: 0 .. 255 the bytes in GPT-2's order ("!" is 0, the
                               space 220), then a new one for each merge, then the special tokens
+bytes(id)     bytes[id]       the token with this id
 
 Splitting. Merges never cross pre-token boundaries. GPT-2 splits a text with the regular expression
 whose alternatives are, in this order,
 
-  (1)  's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
+  (1)  's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
-where L are the letters of Unicode and N its numbers. The last but one alternative, white space that
-is not followed by a non-space, leaves the last space of a run to the word that follows.
+where \p{L} is a letter of Unicode and \p{N} a number. Because of (?!\S), the last space of a run is
+left to the word that follows.
 
 Training. Pairs are counted over the distinct words, each weighted by its frequency:
 
@@ -42,54 +45,74 @@ and in every word, from left to right, each a b is replaced by the new token:
 
   (4)  a b → ab
 
-so that a a a becomes aa a. If a text holds l o w 5 times and l o w e r twice, (l, o) and (o, w)
-occur 7 times each. The id of l is the smaller one, so the merges are l o, lo w, e r, low er.
+so that a a a becomes aa a. If a text holds the word low 5 times and lower twice, (l, o) and (o, w)
+occur 7 times each. The id of l is the smaller one, so l o is merged first, then lo w. Of (low, e)
+and (e, r), which remain, (e, r) wins the same way: the merges are l o, lo w, e r, low er.
 
 Encoding. The merges are repeated, in the order in which they were learned. In each word, apply the
 earliest-learned merge that is possible, leftmost first, until none is left:
 
-  (5)  i = the leftmost arg min_i rank(w_i, w_{i+1}),  w_i w_{i+1} → the token of both
+  (5)  i = arg min_j rank(w_j, w_{j+1}), the leftmost of equals,  w_i w_{i+1} → their merge
 
 Decoding. A token is the bytes that were merged into it, so a text is the bytes of its tokens:
 
-  (6)  bytes(i_1, ..., i_n) = bytes(i_1) ... bytes(i_n)
+  (6)  bytes(id_1, ..., id_m) = bytes(id_1) ... bytes(id_m)
 
 Pitfalls:
-- A token may be part of a character: only the whole sequence need decode as UTF-8. Errors become
-  U+FFFD.
+- A token may be part of a character: only the whole sequence needs to decode as UTF-8. Errors
+  become U+FFFD.
 - Encoding is not greedy: the longest token that fits is often not the one that the merges make.
-  Of equal pairs the leftmost comes first. Break it: let the line tagged (5) in merge_steps()
-  find the rightmost, and test_bpe_eq5_any_list_of_merges fails.
+- Of equal pairs the leftmost comes first. Break it: in merge_steps(), replace `pairs.index(best)`
+  by `len(pairs) - 1 - pairs[::-1].index(best)` and test_bpe_eq5_any_list_of_merges fails.
 - The name of a special token is encoded as ordinary text unless it is listed in allowed_special.
 - A token that the merges cannot reach is never produced (tiktoken would, for a whole word).
-- The files do not name the splitting. A vocabulary with a token that (1) would cut was made with
-  another one and is refused. One that splits more finely than (1), such as into single digits, has
+- The files do not name the splitting. If (1) would split a token, the vocabulary was made with
+  another splitting and is refused. A finer splitting than (1), such as into single digits, leaves
   no such token and cannot be recognised.
 - A rank file (tiktoken's format) stores no merges: the order of its ids is their order. It is not
   written for a tokenizer whose ids are in another order.
-- Letters are those of this Python's unicodedata. Python's \\s also holds U+001C .. U+001F.
+- Letters are those of this Python's unicodedata. Python's \s also matches U+001C .. U+001F, which
+  are not white space here.
 
 Differences from the paper: bytes instead of characters, the splitting (1), no end-of-word mark.
 
 python bpe.py --vocab 4096           trains in three seconds on 1.78 MB: 3.54 bytes per token
-python bpe.py --encode README.md     prints the ids of a file; --decode - reads ids from a pipe
+python bpe.py --encode bpe.py        prints the ids of a file; `--decode -` turns ids into text
 """
 
-import argparse, ast, base64, collections, contextlib, functools, hashlib, heapq, itertools, json, math, re, sys
-import string, sysconfig, unicodedata, warnings
+import argparse
+import ast
+import base64
+import collections
+import contextlib
+import functools
+import hashlib
+import heapq
+import itertools
+import json
+import math
+import re
+import string
+import sys
+import sysconfig
+import unicodedata
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+
 # -------------------------------------------------------------------------------------------------- method ------------
 SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space, inside brackets
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]  # id -> byte, GPT-2's
+
+# BYTES[id] is the byte whose id is 0 .. 255: GPT-2 counts the printable ones first.
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
 
 
 @functools.cache
 def pattern():
     """(1), compiled. Python has no \\p{L}; its \\w is letters, digits, "_" and the numbers that \\d lacks."""
-    runs = []  # of numbers, [first, last]
+    runs = []  # of these numbers, [first, last]: with each of them listed, the search is eight times as slow
     for char in filter(str.isnumeric, map(chr, range(sys.maxunicode + 1))):
         if unicodedata.category(char) in ("Nl", "No"):
             if runs and ord(char) == ord(runs[-1][1]) + 1:
@@ -99,7 +122,7 @@ def pattern():
     numbers = "".join(f"{first}-{last}" for first, last in runs)
     letter = f"[^\\W\\d_{numbers}]"
     number = f"[\\d{numbers}]"
-    other = f"(?:[^\\w{SPACES}]+|_+)"
+    other = f"(?:[^\\w{SPACES}]|_)"
     words = f"'s|'t|'re|'ve|'m|'ll|'d| ?{letter}+| ?{number}+| ?{other}+"
     return re.compile(f"{words}|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
 
@@ -115,7 +138,7 @@ def split_bytes(raw):
 
 
 def count_pairs(words):
-    """n(a, b) in words, a list of (tokens, n_w) -> {(a, b): n}."""
+    """n(a, b) of all pairs, {(a, b): n}. words: [(tokens, n_w), ...]."""
     counts = collections.Counter()
     for word, n_w in words:
         for pair in zip(word, word[1:]):
@@ -138,7 +161,7 @@ def merge(word, a, b):
 
 
 def learn_merges(words, n):
-    """The first n merges, [(a, b), ...], of words {bytes: n_w}; fewer if no pair is left."""
+    """The first n merges, [(a, b), ...]; fewer if no pair is left. words: {bytes: n_w}."""
     ids = {bytes([byte]): i for i, byte in enumerate(BYTES)}
     words = [(split_bytes(word), n_w) for word, n_w in words.items()]
     merges = []
@@ -151,14 +174,14 @@ def learn_merges(words, n):
 
 
 def merge_steps(word, ranks):
-    """Yields the tokens of a pre-token, bytes, after each merge: first its bytes, at last the tokens it is encoded as.
+    """Yields the tokens of a word after each merge: first its single bytes, last the tokens that encode it.
 
-    ranks: {(a, b): rank}. b"lower" -> [l, o, w, e, r], [lo, w, e, r], [low, e, r], ..."""
+    word: bytes; ranks: {(a, b): rank}. b"lower" -> [l, o, w, e, r], [lo, w, e, r], [low, e, r], [low, er], [lower]."""
     word = split_bytes(word)
     yield word
     while True:
         pairs = list(zip(word, word[1:]))
-        best = min(pairs, key=lambda pair: ranks.get(pair, math.inf), default=None)
+        best = min(pairs, key=lambda pair: ranks.get(pair, math.inf), default=None)  # (5)
         if best not in ranks:
             return
         i = pairs.index(best)  # (5)
@@ -202,11 +225,12 @@ class BPE:
             raise ValueError(f"--vocab {vocab_size}: cannot hold 256 bytes and {len(special)} special tokens")
         merges = learn_merges_fast(count_words(text), n)  # learn_merges() gives the same
         tokens = [*split_bytes(BYTES), *(a + b for a, b in merges)]
-        names = dict(zip(special, itertools.count(len(tokens))))
-        return cls(dict(zip(tokens, itertools.count())), merges, names)
+        ids = {raw: i for i, raw in enumerate(tokens)}
+        return cls(ids, merges, {name: i for i, name in enumerate(special, start=len(ids))})
 
     def encode(self, text, allowed_special=()):
-        """The ids of a text. Names of special tokens in allowed_special, or "all", are encoded as these tokens.
+        """The ids of a text, a list. The names in allowed_special (or "all") are encoded as special tokens, all else
+        is ordinary text.
 
         ValueError for a name that is no special token, and for a lone surrogate, which UTF-8 cannot encode."""
         allowed = list(self.special if allowed_special == "all" else allowed_special)
@@ -214,7 +238,7 @@ class BPE:
             if name not in self.special:
                 raise ValueError(f"{name!r} is not a special token; there are {list(self.special)}")
         if not allowed:
-            return self.encoder(text)  # the last of merge_steps() of each of pre_tokens() gives the same
+            return self.encoder(text)  # fast; plainly, the last of merge_steps() for each of pre_tokens()
         names = "|".join(re.escape(name) for name in sorted(allowed, key=len, reverse=True))
         ids = []
         for i, part in enumerate(re.split(f"({names})", text)):  # every second part is a name
@@ -222,14 +246,14 @@ class BPE:
         return ids
 
     def decode_bytes(self, ids):
-        """The bytes of ids. ValueError for an id that no token has."""
+        """The bytes of the tokens with these ids, joined. ValueError for an id that no token has."""
         try:
             return b"".join(map(self.bytes.__getitem__, ids))  # (6)
         except KeyError as e:
             raise ValueError(f"no token has the id {e}; the largest is {max(self.bytes)}") from e
 
     def decode(self, ids):
-        """The text of ids. Bytes that are not UTF-8 become U+FFFD."""
+        """The text of these ids. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, folder, settings=None):
@@ -244,12 +268,12 @@ class BPE:
         """The tokenizer in a folder with vocab.json and merges.txt (or encoder.json and vocab.bpe, GPT-2's own names),
         or in a rank file. Tokens of the vocabulary that no merge makes are special.
 
-        ValueError if it is damaged or was made with another splitting than (1)."""
+        OSError if a file is missing; ValueError if it is damaged or was made with another splitting than (1)."""
         path = Path(path)
         try:
             parts = load_ranks(path) if path.is_file() else load_folder(path)
             tokenizer = cls(*parts)
-        except (LookupError, TypeError, ValueError, RecursionError) as e:
+        except (LookupError, TypeError, ValueError) as e:
             raise ValueError(f"{path}: not a tokenizer, or a damaged one ({e})") from e
         check_splitting(path, tokenizer.tokens)
         tokenizer.encoder.prepare(tokenizer.tokens)
@@ -260,33 +284,34 @@ class BPE:
 # Training. The first counts are those of (2). A merge changes only the counts of its neighbours: where x a b y becomes
 # x ab y, the pairs (x, a) and (b, y) lose n_w, and (x, ab) and (ab, y) gain it. A heap holds (-n, pair). Counts in it
 # can only fall, so a stale entry is never too low: if the top is stale, it is replaced with its true count, and the
-# first top that is up to date is (3). On 1 MB of text 100 merges take a ninetieth of the time, more of them even less.
+# first top that is up to date is (3). Learning 100 merges from 1 MB of text takes a sixtieth of the time or less.
 #
 # Encoding. A text is cut into pieces that recur, and each is split by (1) and encoded only once. A cut before a space
 # or newline is always a boundary of (1), except inside a run of white space; runs of three or more (two at the end) are
-# therefore taken out first, each with the characters after it. 75 times as fast as merge_steps() for each pre-token.
+# therefore taken out first, each with the characters after it. On 0.2 MB, this is ten times as fast as merge_steps()
+# for each pre-token, and 75 times once the pieces are known.
 SINGLE = split_bytes(range(256))
 PUNCTUATION = string.punctuation.encode()
 IDS = bytes(BYTES.index(byte) for byte in range(256))  # byte -> id, for bytes.translate
 ASCII = re.compile(rb"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\t-\r ]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+")
 BLANK = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)
-RARE = frozenset(char for char in map(chr, range(0x80, 0x3001)) if re.match(f"[{SPACES}]", char))  # beyond ASCII
-RUN = re.compile(rb"  (?: +[^ ]*|\Z)")  # in a text in which all white space is blank
+RARE = frozenset(re.findall(f"[{SPACES}]", "".join(map(chr, range(0x80, 0x3001)))))  # white space beyond ASCII
+RUN = re.compile(rb"  (?: +[^ ]*|\Z)")  # in a text whose white space is all b" "
 
 
 def split(raw):
-    """pre_tokens() of UTF-8. ASCII takes a third of the time."""
+    """pre_tokens() of a text in UTF-8. The pattern for ASCII takes a third of the time of (1)."""
     if raw.isascii():
         return ASCII.findall(raw)  # (1)
     return [word.encode() for word in pre_tokens(raw.decode())]
 
 
 def cut(text):
-    """Yields lists [head, piece, ...] of bytes that begin and end at pre-token boundaries.
+    """Yields lists [head, piece, ...] of parts of a text in UTF-8, which begin and end at pre-token boundaries.
 
     A head is as it is in the text; a piece lacks its leading space, which whole() restores."""
     raw = text.encode()
-    blank = raw.translate(BLANK)
+    blank = raw.translate(BLANK)  # the text with all white space as b" "
     others = "" if raw.isascii() else raw.translate(None, bytes(range(128))).decode()
     for space in RARE.intersection(others):
         blank = blank.replace(space.encode(), b" " * len(space.encode()))
@@ -304,7 +329,7 @@ def whole(piece):
 
 
 def count_words(text):
-    """{pre-token in UTF-8: n_w}, as collections.Counter(pre_tokens(text)) counts them."""
+    """{pre-token in UTF-8: n_w}, the counts of collections.Counter(pre_tokens(text))."""
     chunks = collections.Counter()
     pieces = collections.Counter()
     for head, *rest in cut(text):
@@ -357,7 +382,8 @@ def learn_merges_fast(words, n):
         length.append(length[a] + length[b])
         before = collections.defaultdict(list)  # {x: places of x in x ab}
         after = collections.defaultdict(list)  # {y: places of ab in ab y}
-        to_b, to_y = length[a], length[ab]
+        to_b = length[a]  # from the place of a to that of b
+        to_y = length[ab]
         for i in places.pop(pair):
             if ids[i] == a and ids[i + to_b] == b:  # else an earlier merge took one of the two
                 ids[i] = ends[i + to_y] = ab  # (4)
@@ -400,7 +426,7 @@ def merge_long(ids, pairs, made):
     """The same as merge_word() in O(n log n): a heap holds (rank, i) of all pairs, some of them stale."""
     n = len(ids)
     ids = [*ids, -1]  # -1 is no id: the end, or a token that was merged into the one before it
-    left = list(range(-1, n))
+    left = list(range(-1, n))  # left[0] is -1: the place of the -1 at the end
     right = list(range(1, n + 1))
     heap = []
 
@@ -438,12 +464,13 @@ class Cache(dict):
 
 
 class Encoder:
-    """Text -> list of ids: those of the last of merge_steps() of each of its pre_tokens()."""
+    """Text -> list of ids: those of the last of merge_steps() for each of its pre_tokens()."""
 
     def __init__(self, tokens, ranks):
         self.first = [tokens[raw] for raw in SINGLE]
         self.pairs = {(tokens[a], tokens[b]): rank for (a, b), rank in ranks.items()}
         self.made = {rank: tokens[a + b] for (a, b), rank in ranks.items()}
+        # Three caches, each from bytes to a tuple of ids:
         self.words = Cache(self.encode_word)
         self.heads = Cache(self.encode_head)
         self.pieces = Cache(self.encode_piece)
@@ -463,6 +490,7 @@ class Encoder:
         return tuple(itertools.chain.from_iterable(map(self.words.__getitem__, split(head))))
 
     def encode_piece(self, piece):
+        """A word and the punctuation after it, the usual case, need no pattern: 1.1 to 1.2 times as fast."""
         word = piece.rstrip(PUNCTUATION)
         if not word.isalpha():
             return self.encode_head(whole(piece))
@@ -471,13 +499,14 @@ class Encoder:
         return self.pieces[word] + self.words[piece[len(word) :]]
 
     def prepare(self, tokens):
-        """Encodes each token once, so that even the first text is encoded fast."""
+        """Encodes each token once, so that even the first text is encoded fast: half a second for GPT-2's 50257."""
         for raw in tokens:
             self(raw.decode("utf-8", "ignore"))
 
 
 # --------------------------------------------------------------------------------------------------- files ------------
-# vocab.json names a token by one character for each of its bytes: printable ones stand for themselves.
+# vocab.json names a token by one character for each of its bytes. A printable byte is its own character; the other 68
+# are the characters from U+0100 on, in the order of BYTES.
 NAMES = dict(zip(BYTES, map(chr, [*BYTES[:188], *range(256, 324)])))
 BYTE_OF = {char: byte for byte, char in NAMES.items()}
 
@@ -488,12 +517,12 @@ def to_name(raw):
 
 
 def from_name(name):
-    """The bytes of a token. KeyError if the name has another character."""
+    """The bytes of a token from its name. KeyError if the name has another character."""
     return bytes(map(BYTE_OF.__getitem__, name))
 
 
 def special_name(name):
-    """What a token that no merge makes stands for: its bytes if they are UTF-8, else the name as it is."""
+    """The name of a special token from that in vocab.json, where Ġ stands for a space; "日" stays as it is."""
     try:
         return from_name(name).decode()
     except (KeyError, UnicodeDecodeError):
@@ -519,7 +548,7 @@ def find_files(folder):
 
 
 def load_folder(folder):
-    """(tokens, merges, special) of a folder with a vocabulary and its merges."""
+    """(tokens, merges, special) from a folder with a vocabulary and its merges."""
     paths = find_files(folder)
     if paths is None:
         raise FileNotFoundError(f"{folder}: there is no vocab.json or encoder.json")
@@ -538,7 +567,7 @@ def load_folder(folder):
 
 
 def load_ranks(path):
-    """(tokens, merges) of a rank file. ValueError if the order of its tokens is not one of merges."""
+    """(tokens, merges) from a rank file. ValueError if the order of its tokens is not an order of merges."""
     lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
     tokens = {base64.b64decode(raw, validate=True): int(rank) for raw, rank in lines}
     merges = merges_by_id(tokens)
@@ -549,12 +578,11 @@ def load_ranks(path):
 
 
 def merges_by_id(tokens):
-    """For each token of several bytes, by id, the parts of it that the merges before leave. If there are two, the token
-    is their merge."""
+    """[parts, ...] for the tokens of several bytes, in the order of their ids: what the earlier merges leave of the
+    bytes of each. If there are two parts, the token is their merge."""
     pairs = {}
     made = []
-    by_id = sorted(tokens, key=tokens.get)
-    for raw in by_id:
+    for raw in sorted(tokens, key=tokens.get):
         if len(raw) > 1:
             parts = merge_word([tokens[byte] for byte in split_bytes(raw)], pairs, made)
             pairs[tuple(parts)] = len(made)
@@ -569,8 +597,8 @@ def check_splitting(path, tokens):
         text = raw.decode("utf-8", "ignore")  # without the parts of characters at its ends
         words = pre_tokens(text)
         if len(words) > 1 and text not in ("'l", "'r", "'v"):  # these are parts of 'll, 're, 've
-            words = " and ".join(map(repr, words))
-            reason = f"GPT-2 splits its token {text!r} into {words}"
+            parts = " and ".join(map(repr, words))
+            reason = f"GPT-2 splits its token {text!r} into {parts}"
             raise ValueError(f"{path}: made with another splitting, which is not supported ({reason})")
 
 
@@ -597,7 +625,7 @@ def tokenizer_files(tokenizer, settings=None):
 
 
 def save_files(folder, files):
-    """Saves {file name: text}, vocab.json last: without it a folder has no tokenizer, so no kill leaves half of one."""
+    """Saves {file name: text}, vocab.json last: a folder without it has no tokenizer, so none is ever half saved."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f"{name}.part" for name in files}
     try:
@@ -618,26 +646,25 @@ COLOURS = (252, 213, 180), (196, 225, 255), (205, 240, 200), (235, 210, 245), (2
 
 
 def printable(raw):
-    """A token for people: a newline becomes \\n, and a part of a character \\xe2."""
+    """A token as readable text: a newline becomes \\n, and a byte of an incomplete character \\xe2 or the like."""
     return raw.decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
-def draw_tokens(path, tokens, width=760, size=22):
-    """Saves a picture of strings, each on a coloured background."""
-    font = ImageFont.load_default(size)
-    line = size + 14
-    image = Image.new("RGB", (width, line * (len(tokens) + 1)), "white")  # high enough, cropped at the end
+def draw_tokens(path, tokens):
+    """Saves a picture of strings, each on a coloured background, in lines 36 pixels high."""
+    font = ImageFont.load_default(22)
+    image = Image.new("RGB", (760, 36 * (len(tokens) + 1)), "white")  # high enough, cropped at the end
     draw = ImageDraw.Draw(image)
     x = y = 12
     for token, colour in zip(tokens, itertools.cycle(COLOURS)):
         w = max(4, round(font.getlength(token)))
-        if x + w > width - 12:
+        if x + w > 748:
             x = 12
-            y += line
-        draw.rectangle((x, y, x + w - 1, y + size + 7), colour)
+            y += 36
+        draw.rectangle((x, y, x + w - 1, y + 29), colour)
         draw.text((x, y + 2), token, "black", font)
         x += w
-    image.crop((0, 0, width, y + size + 22)).save(path)
+    image.crop((0, 0, 760, y + 44)).save(path)
 
 
 def show(tokenizer, out):
@@ -654,7 +681,7 @@ def show(tokenizer, out):
 
 
 def fingerprint(text):
-    """The SHA-256 of a text, by which it is recognised."""
+    """The SHA-256 of a text, which identifies it."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -662,16 +689,20 @@ def load_trained(parser, argv, out):
     """The tokenizer in a run folder and its settings. ValueError if a flag asks for another one."""
     path = out / "settings.json"
     settings = read_json(path) if path.exists() else {}
-    made = {"text": None, "vocab": None, "special": []} | settings
+    made = {"text": None, "vocab": None, "special": []} | settings  # a folder of GPT-2's files has no settings
     parser.set_defaults(text=None, vocab=made["vocab"], special=made["special"])
     args = parser.parse_args(argv)
-    given = {"vocab": args.vocab, "special": list(dict.fromkeys(args.special))}
-    given["text"] = fingerprint(load_text(args.text)) if args.text else made["text"]
-    words = {"text": "another text"}
-    differ = [words.get(k, f"{k} {made[k]}, not {given[k]}") for k in given if given[k] != made[k]]
+    special = list(dict.fromkeys(args.special))
+    differ = []
+    if args.vocab != made["vocab"]:
+        differ.append(f"vocab {made['vocab']}, not {args.vocab}")
+    if special != made["special"]:
+        differ.append(f"special {made['special']}, not {special}")
+    if args.text and fingerprint(load_text(args.text)) != made["text"]:
+        differ.append("another text")
     if differ:
-        differ = "; ".join(differ)
-        raise ValueError(f"{out}: made with {differ}; --fresh trains from scratch, another --out keeps it")
+        reason = "; ".join(differ)
+        raise ValueError(f"{out}: made with {reason}; --fresh trains from scratch, another --out keeps it")
     return BPE.load(out), settings
 
 
@@ -697,32 +728,33 @@ def main(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    job = parser.add_mutually_exclusive_group().add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
     add("--text", default="docstrings", help="docstrings (of Python), or a UTF-8 file")
-    add("--vocab", type=int, default=4096, help="number of tokens, with the 256 bytes and the special tokens")
+    add("--vocab", type=int, default=4096, help="number of tokens, the 256 bytes and the special tokens included")
     add("--special", action="append", default=[], metavar="TOKEN", help="a special token; may be given several times")
-    job("--encode", metavar="FILE", help="print the ids of a UTF-8 file, - for standard input, and nothing else")
-    job("--decode", metavar="FILE", help="print the text of the ids in a file, - for standard input")
+    either("--encode", metavar="FILE", help="print only the ids of a UTF-8 file; - is standard input")
+    either("--decode", metavar="FILE", help="print only the text of the ids in a file; - is standard input")
     add("--out", type=Path, default=Path("out/bpe"), help="run folder")
     add("--fresh", action="store_true", help="train from scratch over the tokenizer in --out")
     args = parser.parse_args(argv)
     file = args.encode or args.decode
     if file:
-        given = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     if find_files(args.out) and not args.fresh:
         tokenizer, settings = load_trained(parser, argv, args.out)
     else:
         tokenizer, settings = train(args, sys.stderr if file else sys.stdout)
     if args.encode:
         try:
-            print(*tokenizer.encode(given.decode()))
+            print(*tokenizer.encode(raw.decode()))
         except UnicodeDecodeError as e:
             raise ValueError(f"--encode {file}: {e}") from e
     elif args.decode:
-        if not all(map(bytes.isdigit, given.split())):
+        words = raw.split()
+        if not all(map(bytes.isdigit, words)):
             raise ValueError(f"--decode {file}: not ids, integers with white space between them")
         sys.stdout.reconfigure(encoding="utf-8", newline="")  # the exact bytes, on any system
-        print(tokenizer.decode(map(int, given.split())), end="")
+        print(tokenizer.decode(map(int, words)), end="")
     else:
         show(tokenizer, args.out)
         rate = f", {settings['bytes'] / settings['tokens']:.3f} bytes per token" if "tokens" in settings else ""
