@@ -542,6 +542,19 @@ def clock(jobs, device):
     return np.median(seconds[1:], 0)
 
 
+def allocated_by(job, device):
+    """The most bytes that a job allocates on a GPU at a time, inf if it has too little memory; 0 on other devices."""
+    if device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        job()
+    except torch.cuda.OutOfMemoryError:
+        return math.inf
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def measure_chain(layers, x):
     """The Chain of the layers, each measured alone. x: the input of the first."""
     chain = Chain([], [], [])
@@ -614,19 +627,32 @@ def print_table(ways, layers, x):
     """Prints what each way takes, predictions in brackets, and returns {name: peak bytes}.
 
     ways: {name: arguments of forward_backward() after layers}. A way with a checkpoint function of its own stores by
-    hooks of its own, so its bytes cannot be counted."""
+    hooks of its own, so its bytes cannot be counted. What a GPU has no memory for is only predicted."""
     chain = measure_chain(layers, x)
-    seconds = clock([functools.partial(forward_backward, layers, *way) for way in ways.values()], x.device)
+    jobs = {name: functools.partial(forward_backward, layers, *way) for name, way in ways.items()}
+    for p in layers.parameters():
+        p.grad = torch.zeros_like(p)  # so that no way has to allocate the gradients
+    allocated = {name: allocated_by(job, x.device) for name, job in jobs.items()}
+    fit = [name for name in ways if allocated[name] < math.inf]
+    seconds = dict(zip(fit, clock([jobs[name] for name in fit], x.device)))
     peaks = {}
-    print("strategy             | MB stored             | runs of a layer   | s a step | of the first")
-    for (name, way), taken in zip(ways.items(), seconds):
-        peak, runs = count(layers, *way)
+    on_gpu = x.device.type == "cuda"
+    print("strategy             | MB stored             | runs of a layer   | s a step | of the first", end="")
+    print(" | MB allocated" if on_gpu else "")
+    for name, way in ways.items():
         expected, expected_runs = predict(way[0], chain)
+        if name not in fit:
+            peaks[name] = expected
+            print(f"{name:20} | {f'({expected / 1e6:.3f})':>21} | {f'({expected_runs:7})':>17} | does not fit")
+            continue
+        peak, runs = count(layers, *way)
         size = ""
         if len(way) == 2:
             peaks[name] = peak
             size = f"{peak / 1e6:.3f} ({expected / 1e6:.3f})"
-        print(f"{name:20} | {size:>21} | {runs:7} ({expected_runs:7}) | {taken:8.4f} | {taken / seconds[0]:.2f}")
+        taken = f"{seconds[name]:8.4f} | {seconds[name] / seconds[fit[0]]:12.2f}"
+        end = f" | {allocated[name] / 1e6:.1f}" if on_gpu else ""
+        print(f"{name:20} | {size:>21} | {runs:7} ({expected_runs:7}) | {taken}{end}")
     return peaks
 
 

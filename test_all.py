@@ -4679,7 +4679,7 @@ def test_checkpointing_training():
         )  # 2 before training, 0.36 for the mean
 
 
-ROW = r"^(\S[^|]*?) +\| +([\d.]+) \(([\d.]+)\) \| +(\d+) \( *(\d+)\) \| +([\d.]+) \| ([\d.]+)$"
+ROW = r"^(\S[^|]*?) +\| +([\d.]+) \(([\d.]+)\) \| +(\d+) \( *(\d+)\) \| +([\d.]+) \| +([\d.]+)$"
 
 
 def test_checkpointing_command():
@@ -4714,6 +4714,17 @@ def test_checkpointing_command():
         picture = np.array(Image.open("b/compare.png").convert("RGB"))
         bars = (picture[30::40] == (70, 130, 180)).all(2).sum(1)
         near(bars[: len(rows)] / bars[0], [float(row[1]) / float(rows[0][1]) for row in rows], 0.005)
+
+
+def test_checkpointing_what_does_not_fit_is_predicted():
+    """If a GPU has no memory for a strategy, its row says so, and the others are compared with the first that fits."""
+    allocated = iter([math.inf, *[0] * 7])
+    words = ["--width", 4, "--batch", 2, "--depth", 10, "--compare", "--out", "run"]
+    with workdir(), mock.patch.object(checkpointing, "allocated_by", lambda job, device: next(allocated)):
+        status, out, err = call(checkpointing, words)
+    rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines()[1:]]
+    assert status == 0 and rows[1] == ["none", "(0.001)", "(     10)", "does not fit"], err
+    assert rows[2][0] == "every" and rows[2][4] == "1.00", out
 
 
 # -------------------------------------------------------------------------------------------------- runner ------------
