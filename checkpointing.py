@@ -551,6 +551,7 @@ def allocated_by(job, device):
     try:
         job()
     except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()  # libraries such as cuBLAS need some memory of their own
         return math.inf
     return torch.cuda.max_memory_allocated(device) - before
 

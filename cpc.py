@@ -220,6 +220,7 @@ def train(
     torch.manual_seed(seed)
     model = CPC(settings["channels"], settings["size"], width, classes).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    ema.gru.flatten_parameters()  # CUDA wants the weights of a GRU in one piece, which a copy is not
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
     columns = "loss" if classes else ",".join(f"loss_{k}" for k in STEPS)
     images = images.to(device)

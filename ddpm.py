@@ -249,7 +249,8 @@ def train(images, iters=5400, batch=32, lr=5e-3, width=32, device="cpu", seed=0,
         model = model.to(memory_format=torch.channels_last)  # 1.16 times as fast on an AMD EPYC
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    inputs = torch.zeros(batch, *model.shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else graphed(model, *inputs)
     images = images.to(device)
     s = make_schedule().to(device)
     mine = slice(rank, None, world)  # each process trains on its share of the batch
@@ -662,6 +663,14 @@ def progress(steps, what, each=1, status=()):
             left = (steps.stop - done) / rate
             values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
             print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
+
+
+def graphed(module, *inputs):
+    """The module, on a GPU with its forward and backward pass recorded as one CUDA graph each: two launches instead of
+    hundreds, and a step takes half to a quarter of the time. inputs: examples of what it is called with in training."""
+    if inputs[0].is_cuda:
+        torch.cuda.make_graphed_callables(module, inputs)
+    return module
 
 
 def update_ema(ema, model, decay):

@@ -289,6 +289,7 @@ def train(
     best = copy.deepcopy(ema)
     groups = [dict(params=model.m.parameters(), weight_decay=0.3), dict(params=[model.s])]
     opt = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    graphed(model, torch.zeros(batch, *model.shape, device=device))
     parts = dict(model=model, ema=ema, opt=opt, best=best)
     losses = []
 
@@ -687,6 +688,14 @@ def progress(steps, what, each=1, status=()):
             left = (steps.stop - done) / rate
             values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
             print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
+
+
+def graphed(module, *inputs):
+    """The module, on a GPU with its forward and backward pass recorded as one CUDA graph each: two launches instead of
+    hundreds, and a step takes half to a quarter of the time. inputs: examples of what it is called with in training."""
+    if inputs[0].is_cuda:
+        torch.cuda.make_graphed_callables(module, inputs)
+    return module
 
 
 def update_ema(ema, model, decay):

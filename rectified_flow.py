@@ -245,7 +245,8 @@ def train(
         batches = reflow_batches(start, pairs, pair_steps, seed + 1, batch)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    inputs = torch.zeros(batch, *model.shape, device=device), torch.zeros(batch, device=device)
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else graphed(model, *inputs)
     mine = slice(rank, None, world)  # each process trains on its share of the batch
     losses = []
 
@@ -681,6 +682,14 @@ def progress(steps, what, each=1, status=()):
             left = (steps.stop - done) / rate
             values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
             print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
+
+
+def graphed(module, *inputs):
+    """The module, on a GPU with its forward and backward pass recorded as one CUDA graph each: two launches instead of
+    hundreds, and a step takes half to a quarter of the time. inputs: examples of what it is called with in training."""
+    if inputs[0].is_cuda:
+        torch.cuda.make_graphed_callables(module, inputs)
+    return module
 
 
 def update_ema(ema, model, decay):

@@ -147,7 +147,8 @@ def sample_blocks(ids, keep, table, reach):
     """Subsamples word ids of a text, (n,), -1 for a blank line, and cuts the kept words into B blocks.
 
     Returns centres (B, L), around (B, L + 2 R), negatives (B, S), window (B, L, 2 R + 1) of zeros and ones."""
-    kept = (torch.rand(len(ids)) < keep[ids]) & (ids >= 0)  # (5)
+    device = ids.device
+    kept = (torch.rand(len(ids), device=device) < keep[ids]) & (ids >= 0)  # (5)
     words = ids[kept]
     paragraphs = (ids < 0).cumsum(0, dtype=torch.int32)[kept]
     B = max(1, math.ceil(len(words) / BLOCK))
@@ -156,10 +157,10 @@ def sample_blocks(ids, keep, table, reach):
     neighbours = F.pad(paragraphs, padding, value=-1).unfold(0, 2 * reach + 1, 1)  # the paragraphs of c - R .. c + R
     own = neighbours[:, reach : reach + 1]
 
-    b = torch.randint(1, reach + 1, (B * BLOCK, 1), dtype=torch.int32)  # (4)
-    distance = torch.arange(-reach, reach + 1, dtype=torch.int32).abs()
+    b = torch.randint(1, reach + 1, (B * BLOCK, 1), dtype=torch.int32, device=device)  # (4)
+    distance = torch.arange(-reach, reach + 1, dtype=torch.int32, device=device).abs()
     window = (distance > 0) & (distance <= b) & (neighbours == own) & (own >= 0)  # (4)
-    negatives = table[torch.randint(len(table), (B, NEGATIVES))]
+    negatives = table[torch.randint(len(table), (B, NEGATIVES), device=device)]
     centres = words[reach : reach + B * BLOCK].view(B, BLOCK)
     around = words.unfold(0, BLOCK + 2 * reach, BLOCK)
     return centres, around, negatives, window.float().view(B, BLOCK, 2 * reach + 1)
@@ -278,20 +279,21 @@ def train(
     vectors.unit(asked)
     neighbours.table.zero_()
     counts = torch.tensor(counts, dtype=torch.float32)
-    keep = keep_probability(counts, sample)
-    table = negative_table(counts)
+    keep = keep_probability(counts, sample).to(device)
+    table = negative_table(counts).to(device)
+    ids = torch.from_numpy(ids).to(device)
     losses = []
 
     saved = dict(vectors=vectors, neighbours=neighbours)
     for i in iterations(iters, losses, saved, settings, path, fresh, each=len(ids) / parts):
         rate = lr * max(1 - i / iters, 1e-4)  # (9)
         part = ids[i % parts * size :][:size]
-        blocks = sample_blocks(torch.tensor(part), keep, table, window)
-        order = torch.randperm(len(blocks[0]))
+        blocks = sample_blocks(part, keep, table, window)
+        order = torch.randperm(len(blocks[0]), device=device)
         here = blocks[0].flatten().bincount()
         most = min(batch, 16 * here.sum() / here.max(), 6 * len(counts))  # words in a step
         n = max(1, int(most) // BLOCK)
-        steps = list(zip(*(tensor[order].to(device).split(n) for tensor in blocks)))
+        steps = list(zip(*(tensor[order].split(n) for tensor in blocks)))
         for step in steps:
             total = sgd_step(vectors.table, neighbours.table, step, negative, rate, model, measure=step is steps[-1])
         in_window = step[3]
