@@ -601,7 +601,7 @@ def train(iters=300, batch=128, lr=1e-3, width=128, depth=100, device="cpu", see
     settings = dict(method="checkpointing", width=width, depth=depth, iters=iters, batch=batch, lr=lr, seed=seed)
     torch.manual_seed(seed)
     layers = make_chain(width, depth).to(device)
-    opt = torch.optim.Adam(layers.parameters(), lr)
+    opt = torch.optim.Adam(layers.parameters(), lr * min(1, 100 / depth))  # the changes of all layers add up
     schedule = choose_schedule(layers, torch.zeros(batch, width, device=device), **choice)
     losses = []
 
@@ -696,7 +696,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--iters", type=positive, default=300, help="training iterations")
     add("--batch", type=positive, default=128, help="batch size")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--lr", type=float, default=1e-3, help="learning rate; it falls with the depth beyond 100")
     add("--width", type=positive, default=128, help="features between two layers")
     add("--depth", type=positive, default=100, help="n, the number of layers")
     add("--strategy", choices=STRATEGIES, default="sqrt", help="what is stored and what is recomputed")

@@ -99,6 +99,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -679,6 +680,7 @@ def graphed(module, *inputs):
     """The module, on a GPU with its forward and backward pass recorded as one CUDA graph each: two launches instead of
     hundreds, and a step takes half to a quarter of the time. inputs: examples of what it is called with in training."""
     if inputs[0].is_cuda:
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the gradients wait for the graph
         torch.cuda.make_graphed_callables(module, inputs)
     return module
 

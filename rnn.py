@@ -293,7 +293,6 @@ def train(
     model = CharRNN(chars, cell, width, dropout=dropout).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
-    graphed(model, torch.zeros(length, batch, dtype=torch.long, device=device), model.start(batch))
     carry = nn.Module()  # the state between two chunks, a part of the checkpoint
     carry.register_buffer("state", model.start(batch))
     places = torch.arange(length + 1, device=device)[:, None] + stream * torch.arange(batch, device=device)
@@ -609,14 +608,6 @@ def progress(steps, what, each=1, status=()):
             left = (steps.stop - done) / rate
             values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
             print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
-
-
-def graphed(module, *inputs):
-    """The module, on a GPU with its forward and backward pass recorded as one CUDA graph each: two launches instead of
-    hundreds, and a step takes half to a quarter of the time. inputs: examples of what it is called with in training."""
-    if inputs[0].is_cuda:
-        torch.cuda.make_graphed_callables(module, inputs)
-    return module
 
 
 def update_ema(ema, model, decay):

@@ -225,8 +225,6 @@ def train(
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
     images = images.to(device)
-    graphed(model.encoder, torch.zeros(batch, images[0].numel(), device=device))
-    graphed(model.decoder, torch.zeros(batch, latent, device=device, requires_grad=True))
     parts = dict(model=model, ema=ema, opt=opt)
     losses = []
 
@@ -622,14 +620,6 @@ def progress(steps, what, each=1, status=()):
             left = (steps.stop - done) / rate
             values = "".join(f"{name} {value:.4g}, " for name, value in dict(status).items())
             print(f"{what} {done}/{steps.stop}: {values}{rate * each:,.0f}/s, {left:.0f} s left", flush=True)
-
-
-def graphed(module, *inputs):
-    """The module, on a GPU with its forward and backward pass recorded as one CUDA graph each: two launches instead of
-    hundreds, and a step takes half to a quarter of the time. inputs: examples of what it is called with in training."""
-    if inputs[0].is_cuda:
-        torch.cuda.make_graphed_callables(module, inputs)
-    return module
 
 
 def update_ema(ema, model, decay):
