@@ -15,6 +15,7 @@ Contents
     bad input                  values, checkpoints, data
     data                       download, IDX files, pictures, digits, grids, progress
     training                   for all that train on images: sees, weighs, averages, learns, torchrun
+    a pretended GPU            each command runs whole on it, and training never waits for it
     bpe.py ... checkpointing.py    a block for each file, in the order of the README
 
 The environment variables MNIST and GPT2 may name the folders of MNIST and of GPT-2's vocabulary; without
@@ -64,6 +65,9 @@ import torch.distributions as D
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -1038,6 +1042,344 @@ def test_training_torchrun():
             near(*moments, 1e-5 * moments[1].abs().max())
             loaded = MODULES[name].load(here / name / "model.pt")
             same(train(path=here / name / "model.pt").state_dict(), loaded.state_dict())
+
+
+# ---------------------------------------------------------------------------------------- a pretended GPU ------------
+# For machines without one. A tensor "on cuda" is a wrapper around a CPU tensor: all numbers are computed, and operations
+# that CUDA refuses, because they mix devices, are refused here. What would make the host wait for the GPU is counted.
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+ATEN = torch.ops.aten
+INDEXING = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN._index_put_impl_.default, ATEN._unsafe_index.Tensor}
+COPIES = {ATEN.copy_.default, ATEN._to_copy.default}
+SCALARS = {ATEN.fill_.Tensor, ATEN.lerp.Tensor, ATEN.where.self, ATEN.clamp.Tensor}  # may be on the CPU
+WAITS = {
+    ATEN.nonzero.default,
+    ATEN.masked_select.default,
+    ATEN._unique2.default,
+    ATEN.equal.default,
+    ATEN.bincount.default,
+    ATEN._local_scalar_dense.default,
+}
+
+
+def on_cuda(device):
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def move(tensor, *args, copy=False, **kwargs):
+    """Tensor.to() for tensors of both kinds."""
+    if args and isinstance(args[0], torch.Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device = tensor.device if device is None else CUDA if on_cuda(device) else device
+    dtype = dtype or tensor.dtype
+    laid_out = memory_format in (None, torch.preserve_format) or tensor.is_contiguous(memory_format=memory_format)
+    if (device, dtype) == (tensor.device, tensor.dtype) and laid_out and not copy:
+        return tensor
+    how = dict(dtype=dtype, device=device, non_blocking=non_blocking, memory_format=memory_format)
+    return ATEN._to_copy.default(tensor, **how)
+
+
+class Cuda(torch.Tensor):
+    """A CPU tensor, .inside, that says it is on the GPU."""
+
+    @staticmethod
+    def __new__(cls, inside):
+        layout = dict(strides=inside.stride(), storage_offset=inside.storage_offset(), dtype=inside.dtype)
+        return torch.Tensor._make_wrapper_subclass(cls, inside.size(), **layout)
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError("a tensor of the pretended GPU is used outside of pretend_gpu()")
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def __array__(self, *args, **kwargs):
+        return self.numpy()
+
+    def tolist(self):
+        return move(self, CPU).tolist()
+
+    def to(self, *args, **kwargs):
+        return move(self, *args, **kwargs)
+
+    def get_device(self):
+        return 0
+
+    def untyped_storage(self):
+        return self.inside.untyped_storage()
+
+    def data_ptr(self):
+        return self.inside.data_ptr()
+
+    def __format__(self, spec):
+        return format(self.item(), spec)
+
+    def __deepcopy__(self, memo):
+        copied = Cuda(self.inside.detach().clone()).requires_grad_(self.requires_grad)
+        copied._is_param = getattr(self, "_is_param", False)
+        memo[id(self)] = copied
+        return copied
+
+
+class Generator(torch.Generator):
+    """torch.Generator(device), which is really on the CPU."""
+
+    on_gpu = {}  # by _cdata: C++ hands another Python object to the operations
+
+    def __new__(cls, device="cpu"):
+        self = super().__new__(cls, "cpu")
+        cls.on_gpu[self._cdata] = on_cuda(device)
+        return self
+
+    def __init__(self, device="cpu"):
+        pass
+
+
+def check_devices(func, args, kwargs, tensors):
+    """Raises what CUDA raises for an operation on tensors of both devices."""
+    moved = [tensor for tensor in tensors if not isinstance(tensor, Cuda)]
+    if func in INDEXING:
+        refused = not isinstance(args[0], Cuda)
+    else:
+        elementwise = torch.Tag.pointwise in func.tags or func in SCALARS or "_foreach" in func.name()
+        refused = any(tensor.dim() or not elementwise for tensor in moved)
+    if refused and func not in COPIES:
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device")
+
+
+class Dispatch(TorchDispatchMode):
+    """Carries out each operation on the insides, after a look as CUDA would take. waits: how often the host waited."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        leaves, form = tree_flatten((args, kwargs))
+        tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
+        wrapped = [tensor for tensor in tensors if isinstance(tensor, Cuda)]
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        if wrapped and composite:  # inference mode hands them over whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        if wrapped:
+            check_devices(func, args, kwargs, tensors)
+        device = kwargs.get("device")
+        first = args[0] if func in COPIES | INDEXING else wrapped[0] if wrapped else None
+        on_gpu = on_cuda(device) if device is not None else isinstance(first, Cuda)
+        generator = kwargs.get("generator")
+        if generator is not None and Generator.on_gpu.get(generator._cdata, False) != on_gpu:
+            raise RuntimeError(f"{func}: the generator is on another device")
+        self.count(func, args, on_gpu, tensors, wrapped)
+        insides = {id(tensor.inside): tensor for tensor in wrapped}
+        args, kwargs = tree_unflatten([v.inside if isinstance(v, Cuda) else v for v in leaves], form)
+        if device is not None:
+            kwargs["device"] = CPU
+        out = func(*args, **kwargs)
+        # In inference mode a view of an ordinary tensor is an ordinary one.
+        views = all(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+        ordinary = views and not any(tensor.is_inference() for tensor in wrapped)
+
+        def wrap(value):
+            if id(value) in insides:  # changed in place
+                return insides[id(value)]
+            return Cuda(value) if on_gpu and isinstance(value, torch.Tensor) else value
+
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not ordinary):
+            return tree_map(wrap, out)
+
+    def count(self, func, args, on_gpu, tensors, wrapped):
+        masks = func in INDEXING and any(v is not None and v.dtype == torch.bool for v in args[1])
+        crosses = func in COPIES and (bool(wrapped) != on_gpu or 0 < len(wrapped) < len(tensors))
+        self.waits += bool(wrapped and (func in WAITS or masks) or crosses)
+
+
+class Calls(TorchFunctionMode):
+    """What C++ would settle by the device of the tensor, before any operation is dispatched."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:
+            return move(*args, **kwargs)
+        if func is torch.Tensor.cpu:
+            return move(args[0], CPU)
+        if func is F.one_hot and isinstance(args[0], Cuda):
+            return Cuda(func(args[0].inside, *args[1:], **kwargs))
+        if func is torch.tensor and on_cuda(kwargs.get("device")):
+            return move(func(*args, **{**kwargs, "device": None}), CUDA)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def pretend_gpu():
+    """In here torch has one GPU. Yields the Dispatch, which counts what waits for it."""
+    save, load = torch.save, torch.load
+    clip = torch.nn.utils.clip_grad
+    optimizer = importlib.import_module("torch.optim.optimizer")
+    group = clip._group_tensors_by_device_and_dtype
+
+    @contextlib.contextmanager
+    def plain():
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            yield
+
+    def save_insides(value, file):
+        dispatch.waits += 1
+        with plain():
+            save(tree_map(lambda v: v.inside.detach().clone() if isinstance(v, Cuda) else v, value), file)
+
+    def load_to(file, map_location=None, **kwargs):
+        with plain():
+            state = load(file, map_location="cpu", **kwargs)
+            to_gpu = on_cuda(map_location)
+            return tree_map(lambda v: Cuda(v) if to_gpu and isinstance(v, torch.Tensor) else v, state)
+
+    def grouped(tensors, *args):
+        return {(CUDA, dtype): value for (_, dtype), value in group(tensors, *args).items()}
+
+    def graphed(module, inputs):
+        module(*inputs)
+
+    dispatch = Dispatch()
+    cuda = dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, _lazy_init=lambda: None)
+    cuda |= dict(is_initialized=lambda: True, memory_allocated=lambda device: 0, max_memory_allocated=lambda device: 1)
+    cuda |= dict(reset_peak_memory_stats=lambda device: None, make_graphed_callables=graphed)
+    cuda |= dict(get_rng_state=lambda device: torch.zeros(1), set_rng_state=lambda state, device: None)
+    cuda |= dict(is_current_stream_capturing=lambda: False)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
+        stack.enter_context(mock.patch.multiple(torch, Generator=Generator, save=save_insides, load=load_to))
+        foreach = [*optimizer._foreach_supported_types, Cuda]
+        stack.enter_context(mock.patch.object(optimizer, "_foreach_supported_types", foreach))
+        stack.enter_context(mock.patch.object(clip, "_group_tensors_by_device_and_dtype", grouped))
+        stack.enter_context(mock.patch.object(torch.backends.cudnn, "is_acceptable", lambda tensor: False))
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to() makes new parameters
+        stack.enter_context(Calls())
+        yield stack.enter_context(dispatch)
+
+
+GPU_COMMANDS = {
+    "word2vec": "--epochs 2 --batch 32 --dim 8 --analogy the a of",
+    "rnn": "--batch 4 --length 6 --width 8 --samples 9 --prompt the",
+    "vae": "--batch 8 --width 32 --latent 2 --size 8 --samples 5 --nll 3",
+    "gan": "--batch 4 --width 2 --latent 4 --size 8 --samples 5 --stacked --k 2",
+    "nice": "--batch 8 --width 8 --layers 1 --size 6 --samples 5 --inpaint 5",
+    "realnvp": "--batch 4 --width 4 --size 8 --samples 5",
+    "pixelcnn": "--batch 4 --width 4 --layers 1 --size 6 --samples 5 --plain",
+    "cpc": "--batch 8 --width 16 --size 14 --samples 3",
+    "ddpm": "--batch 4 --width 8 --size 8 --samples 2 --bound 2",
+    "ddim": "--batch 4 --width 8 --size 8 --samples 2 --steps 4 --eta 0.5 --compare 2,3",
+    "rectified_flow": "--batch 4 --width 8 --size 8 --samples 2 --steps 3 --reflow 1 --pairs 8",
+    "checkpointing": "--batch 4 --width 8 --depth 9",
+}
+SHORTER = {  # long loops
+    "cpc": [("weight_decay=2e-4, iters=100", "weight_decay=2e-4, iters=2")],
+    "ddpm": [
+        ("make_schedule(T=1000", "make_schedule(T=10"),
+        ("(999, 799, 599, 399, 299, 199, 149, 99, 49, -1)", "(9, -1)"),
+    ],
+    "ddim": [("make_alpha_bar(T=1000", "make_alpha_bar(T=50"), ("(10, 20, 50, 100, 200)", "(10, 20)")],
+    "rectified_flow": [("pair_steps=25", "pair_steps=2"), ("straightness(model, z, 50)", "straightness(model, z, 2)")],
+}
+MOST_WAITS = {"word2vec": 4, "gan": 5}  # its iteration is many steps; its film has ten pictures, in however short a run
+PLANTED = {  # a place, and what a programmer without a GPU would have written there
+    "word2vec": ("keep_probability(counts, sample).to(device)", "keep_probability(counts, sample)"),
+    "rnn": ("[: len(text) * 9 // 10].to(device)", "[: len(text) * 9 // 10]"),
+    "vae": ("torch.randn(batch, latent, device=device)", "torch.randn(batch, latent)"),
+    "gan": ("G(torch.randn(batch, latent, device=device))", "G(torch.randn(batch, latent))"),
+    "nice": ("torch.rand(k.shape, device=device))\n        nats", "torch.rand(k.shape))\n        nats"),
+    "realnvp": ("losses.append(loss.detach())", "losses.append(torch.tensor(loss.item()))"),
+    "pixelcnn": ("images = images.to(device)", "images = images"),
+    "cpc": ("labels = labels.to(device)", "labels = labels"),
+    "ddpm": ('torch.load(path, map_location="cpu"', 'torch.load(path, map_location="cuda"'),
+    "ddim": ("tables = noise_tables(make_alpha_bar(), device)", "tables = noise_tables(make_alpha_bar())"),
+    "rectified_flow": ("line_batches(images.to(device), batch)", "line_batches(images, batch)"),
+    "checkpointing": ("torch.randn(batch, width, device=device)", "torch.randn(batch, width)"),
+}
+
+
+def run_on_gpu(module):
+    """Runs a file's command on a pretended GPU, then resumed -> (status, stderr, waits in each iteration but the last)."""
+    waits = []
+    progress = module.progress
+
+    def watched(steps, what, *args):
+        marks = []
+        for i in progress(steps, what, *args):
+            marks.append(gpu.waits)
+            yield i
+        if what == "iteration":
+            waits.extend(np.diff(marks).tolist())
+
+    name = module.__name__
+    source = ["--text", "text"] if name in ("word2vec", "rnn") else ["--data", "data"] if name in IMAGES else []
+    words = [*GPU_COMMANDS[name].split(), *source, "--out", "run", "--device", "cuda"]
+    words += [] if name == "word2vec" else ["--iters", "6"]
+    with pretend_gpu() as gpu, mock.patch.object(module, "progress", watched):
+        status, _, err = call(module, words)
+        if status == 0:
+            path = max(Path("run").rglob("model.pt"), key=os.path.getmtime)
+            state = torch.load(path)
+            state["done"] = 2
+            torch.save(state, path)
+            status, _, err = call(module, words)
+    return status, err, waits
+
+
+@contextlib.contextmanager
+def gpu_data():
+    """A working directory with a data set of 40 images, and a text."""
+    generator = np.random.default_rng(0)
+    words = "the cat of the house sat on a mat and the dog of a man ran to the house in the rain".split()
+    with workdir() as here:
+        (here / "data").mkdir()
+        for part, n in ("train", 40), ("t10k", 20):
+            images = generator.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+            Path(f"data/{part}-images-idx3-ubyte").write_bytes(idx(images))
+            Path(f"data/{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(n, dtype=np.uint8) % 10))
+        Path("text").write_text("\n\n".join(" ".join(generator.choice(words, 40)) for _ in range(60)))
+        yield
+
+
+def edited(name, *changes):
+    """The module of a file in which some pieces of text are replaced."""
+    source = SOURCES[name]
+    for old, new in changes:
+        assert old in source, old
+        source = source.replace(old, new)
+    module = types.ModuleType(name)
+    module.__file__ = MODULES[name].__file__
+    exec(compile(source, name, "exec"), vars(module))
+    return module
+
+
+@each(*GPU_COMMANDS)
+def test_gpu_runs_whole_and_does_not_wait(module):
+    """On a GPU the command ends without error, and no iteration of the training waits for the GPU, fresh or resumed."""
+    with gpu_data():
+        status, err, waits = run_on_gpu(edited(module.__name__, *SHORTER.get(module.__name__, [])))
+    most = MOST_WAITS.get(module.__name__, 0)
+    assert status == 0 and len(waits) >= 8 and max(waits) <= most, (err, waits)
+
+
+@each(*PLANTED)
+def test_gpu_sees_a_planted_bug(module):
+    """The test before fails if a file forgets the device, or waits for it."""
+    with gpu_data():
+        status, err, waits = run_on_gpu(
+            edited(module.__name__, *SHORTER.get(module.__name__, []), PLANTED[module.__name__])
+        )
+    assert status == 1 or max(waits) > MOST_WAITS.get(module.__name__, 0), (err, waits)
 
 
 # -------------------------------------------------------------------------------------------------- bpe.py ------------
