@@ -1045,8 +1045,8 @@ def test_training_torchrun():
 
 
 # ---------------------------------------------------------------------------------------- a pretended GPU ------------
-# For machines without one. A tensor "on cuda" is a wrapper around a CPU tensor: all numbers are computed. Operations that
-# CUDA refuses, because they mix devices, are refused here, and what would make the host wait for the GPU is counted.
+# For machines without one. A tensor "on cuda" is a wrapper around a CPU tensor: all numbers are computed. Operations
+# that CUDA refuses, because they mix devices, are refused; what would make the host wait for the GPU is counted.
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ATEN = torch.ops.aten
 INDEXING = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN._index_put_impl_.default, ATEN._unsafe_index.Tensor}
