@@ -15,7 +15,7 @@ f_i, x_i   layers[i], x   layer i = 0 .. n-1 and its input; x_n is the output of
 w_i        chain.w[i]     bytes of x_i, 65,536 for 128 rows of 128 features in float32
 a_i        chain.a[i]     bytes that autograd stores for layer i: x_i and intermediate results
 u_i        chain.u[i]     seconds of a forward run of layer i without autograd
-s          slots          number of layer inputs that may be stored at any time, x_0 among them
+s          slots          most layer inputs stored at any time to recompute from, x_0 among them
 schedule   schedule       nested list. A number: store this layer's activations. A list: store only
                           the input of this part and recompute it, as the inner list says
 
@@ -23,7 +23,7 @@ schedule   schedule       nested list. A number: store this layer's activations.
      [[0, 1], 2, 3]       store x_0 and layers 2, 3; recompute 0, 1
      [[[0], 1], [2], 3]   recompute recursively: layer 0 runs three times, layers 1 and 2 twice
 
-Backpropagation visits the layers in reverse order and needs x_i at each of them:
+Backpropagation of a loss L visits the layers in reverse order and needs x_i at layer i:
 
   (1) ∂L/∂x_i = ∂L/∂x_{i+1} ∂f_i/∂x_i,  ∂L/∂θ_i = ∂L/∂x_{i+1} ∂f_i/∂θ_i    θ_i: parameters of f_i
 
@@ -41,52 +41,55 @@ For equal layers, w_i = w and a_i = a:
   (5) halves          D w + a, D = ⌈log₂ n⌉      t(n) = ⌊n/2⌋ + t(⌊n/2⌋) + t(⌈n/2⌉),  t(1) = 0
       binomial        min(s, n - 1) w + a        (6), (7)                              [Griewank]
 
-(4) is least near m = √(n a/w): for a = w it is 2√n w, at most one more run of each layer.
-(5) stores x_0, runs the first half, treats the second half likewise, and then the first half.
-With s slots, store x_0, run k layers, treat the rest with s - 1 slots, then the first k with s:
+(4) is least near m = √(n a/w): for a = w, about 2√n w. The code takes m = ⌈√n⌉ for any a and w.
+(5) stores x_0, runs the first half, backpropagates through the second half by the same rule, then
+through the first. With s slots, store x_0, run k layers, backpropagate through the rest with s - 1
+slots, then through the first k layers with s:
 
-  (6) t(n, s) = min over 0 < k < n of k + t(n - k, s - 1) + t(k, s),   t(1, s) = 0, t(n, 0) = ∞
+  (6) t(n, s) = min over 0 < k < n of k + t(n - k, s - 1) + t(k, s)
+      t(1, s) = 0;  t(n, 0) = ∞ for n > 1
 
-If no layer may have more than r of these runs, N(s, r) = N(s, r - 1) + N(s - 1, r) layers can be
-treated: the first k and the rest. This is Pascal's triangle, N = C(s + r, s). The layers beyond
-N(s, r - 1) have r runs, and of the others C(s + j - 1, j) have j runs; adding up,
+Let N(s, r) be the most layers that s slots allow with at most r other runs of each. In (6) the
+first k have had one, and the rest have one slot less: N(s, r) = N(s, r - 1) + N(s - 1, r), N = 1
+for s = 0 or r = 0. This is Pascal's triangle: N = C(s + r, s). At best N(s, j) layers have at most
+j other runs for each j < r, and none more than r: t = r n - N(s, 0) - ... - N(s, r - 1), that is
 
   (7) t(n, s) = r n - C(s + r, r - 1),   r the smallest integer with n ≤ C(s + r, s)   [Griewank]
 
-Unequal layers: T(i, j, M) is the least time of the other runs of layers i .. j-1 in M bytes, x_i
-counted (Beaumont et al. subtract it before). Store layer i, or checkpoint layers i .. k-1:
+Unequal layers: T(i, j, M) is the least time of the other runs of layers i .. j-1 in M bytes, which
+include x_i (unlike in Beaumont et al.). Either store layer i, or recompute layers i .. k-1:
 
   (8) T(i, j, M) = min of T(i + 1, j, M - a_i) and, over i < k < j,
                    u_i + ... + u_{k-1} + T(k, j, M - w_i) + T(i, k, M)
       T(j, j, M) = 0;  ∞ where M < 0
 
-A checkpoint can be made in two ways, which torch.utils.checkpoint calls use_reentrant:
+A function f can be recomputed in two ways, use_reentrant=True or False in torch.utils.checkpoint:
 
 - True, checkpoint_reentrant() here: an autograd function that stores only its input. Its backward
-  pass recomputes f and calls backward() inside the backward pass. Autograd sees nothing but what
-  goes into f and comes out, so no autograd.grad(), no backward(inputs=...), no other outputs.
-- False, checkpoint() here: f is recorded as usual, but each tensor that autograd would store is
-  replaced by its number. The first number that is asked for makes f run again. The graph is that
-  of the plain call, and so are gradients, hooks, and outputs of any kind.
+  pass runs f again and calls backward() on the result. As autograd sees only what goes into f and
+  comes out, autograd.grad(), backward(inputs=...) and more than one output are not supported.
+- False, checkpoint() here: f is recorded as usual, but autograd stores a number in place of each
+  tensor. When it first needs one of the tensors, f runs again. The graph is that of the plain
+  call, and so are gradients and hooks. Outputs may be of any kind.
 
 Pitfalls:
-- f runs twice and must do the same. For the second run torch's global random generators, autocast,
-  the buffers of the modules that f calls (so batch norm's statistics move once), and lists, dicts
-  and objects among the arguments are as in the first. Python's and NumPy's generators and
-  whatever else f writes to are not: a list that f appends to from outside gets two entries.
-- checkpoint() refuses in the backward pass arguments and parameters that were changed in place,
-  and other tensors to store than in the first run. It cannot see a change of a tensor that is
+- f runs twice and must do the same. Both runs start with the same states of torch's generators,
+  autocast, buffers of the modules that f calls (so batch norm's statistics move once), and, in
+  checkpoint(), lists, dicts and objects among the arguments. This is not so for Python's and
+  NumPy's generators or anything else that f changes: a global list that f appends to grows twice.
+- In the backward pass checkpoint() raises RuntimeError if arguments or modules' parameters were
+  changed in place, or if f now stores other tensors. It cannot see a change of a tensor that is
   neither an argument, nor a module's parameter, nor stored by autograd.
-- On Linux's CPU allocator the memory that checkpoint() frees may stay fragmented; the variable
-  MALLOC_MMAP_THRESHOLD_=65536 in the environment cures that. checkpoint_reentrant() needs no cure.
-- Peak bytes are without parameters. If a layer stores its output, as relu does, so does the next
-  one as its input: a_i counts it twice, and the prediction is an upper bound.
-- The last segment is stored. Break it: return `parts` in segments(), and
-  test_checkpointing_eq3_4_5_6_7_bytes_and_runs fails.
+- On a Linux CPU the memory that checkpoint() frees may stay fragmented; the environment variable
+  MALLOC_MMAP_THRESHOLD_=65536 prevents that. checkpoint_reentrant() does not need it.
+- Peak bytes do not include parameters. If a layer stores its output, as relu does, and the next
+  layer its input, a_i and a_{i+1} count the same tensor: the prediction is then an upper bound.
+- The last segment is stored, as backpropagation starts there. Break it: return `parts` in
+  segments(), and test_checkpointing_eq3_4_5_6_7_bytes_and_runs fails.
 
 Differences from the papers:
-- The backward pass has no cost of its own, because all schedules share it.
-- (8) counts bytes in steps of about 1/500 of the budget, and at most 100 blocks of layers.
+- Bytes of gradients and time of the backward pass are left out: all schedules share them.
+- (8) counts bytes in steps of about 1/500 of the budget, and groups layers into at most 100 blocks.
 
 python checkpointing.py --strategy binomial --slots 5          trains 100 layers, 5 inputs stored
 python checkpointing.py --compare --depth 1000 --budget 6.5    sqrt: 1/21 of the bytes of none
@@ -118,7 +121,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 # ------------------------------------------------------------------------------------- method: the core ------------
 class Reentrant(torch.autograd.Function):
-    """f(x), storing only x. The backward pass runs f again, with recording, and goes back through that."""
+    """f(x), storing only x. The backward pass runs f again, recorded, and backpropagates through that run."""
 
     @staticmethod
     def forward(ctx, f, root, x):
@@ -147,9 +150,11 @@ def checkpoint_reentrant(f, x):
 
 
 def run(layers, schedule, x, checkpoint=checkpoint_reentrant):
-    """The output of the chain of layers for x, stored and recomputed as the schedule says."""
+    """The output of the chain of layers for x, stored and recomputed as the schedule says.
+
+    checkpoint(f, x) calls f(x) for a part that is recomputed: checkpoint_reentrant, checkpoint, or torch's."""
     if not torch.is_grad_enabled():
-        schedule = flatten(schedule)  # nothing is stored
+        schedule = flatten(schedule)  # nothing is recorded, so there is nothing to recompute later
     for part in schedule:
         if isinstance(part, int):
             x = layers[part](x)
@@ -171,14 +176,14 @@ def flatten(schedule):
 
 
 def segments(n, m):
-    """m parts of nearly equal length. The last is stored, because the backward pass starts there."""
+    """The schedule of m parts of nearly equal length, all recomputed but the last, where backpropagation starts."""
     cuts = [n * i // m for i in range(m + 1)]
     parts = [list(range(i, j)) for i, j in zip(cuts, cuts[1:])]
     return parts[:-1] + parts[-1]  # (4)
 
 
 def halves(n, first=0):
-    """Layers first .. first + n - 1, the first half recomputed, and each half likewise."""
+    """The schedule of layers first .. first + n - 1: the first half is recomputed, and so on within each half."""
     if n == 1:
         return [first]
     k = n // 2
@@ -199,7 +204,7 @@ def extra_runs(n, s):
 
 
 def binomial(n, s, first=0):
-    """The schedule of n layers with the fewest runs for s slots, also known as Revolve."""
+    """The schedule of layers first .. first + n - 1 with the fewest runs for s slots, known as Revolve."""
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 4 * n))  # one slot nests n deep
     if n == 1:
         return [first]
@@ -208,7 +213,9 @@ def binomial(n, s, first=0):
 
 
 def choose_schedule(layers, x, strategy="sqrt", slots=10, budget=4.0):
-    """The schedule of a strategy for layers with input x. ValueError if it is unknown, or budget MB are too few."""
+    """The schedule of one of the STRATEGIES. x: input of the first layer, with which "budget" measures the layers.
+
+    slots: s, for "binomial"; budget: MB, for "budget". ValueError if strategy is unknown or the budget too small."""
     n = len(layers)
     m = {"none": 1, "every": n, "sqrt": math.isqrt(n - 1) + 1}
     if strategy in m:
@@ -240,7 +247,10 @@ def checkpoint(f, *args, **kwargs):
 
 
 class Call:
-    """A call of checkpoint(): hands numbers to autograd in place of the tensors that it wants to store."""
+    """A call of checkpoint(): autograd stores numbers, and look_up() gives it the tensors when it needs them.
+
+    arguments: args and kwargs, before f changes them, with a Number for each tensor; saver stores these tensors.
+    notes: what the first run would have stored; kept: those of the latest run that may still be needed."""
 
     def __init__(self, f, args, kwargs):
         self.f = f
@@ -249,25 +259,26 @@ class Call:
 
         def number(tensor):
             if tensor.is_inference():
-                return tensor
+                return tensor  # autograd refuses to store it
             tensors.append(tensor)
             return Number(len(tensors) - 1)
 
         self.arguments = rebuild([args, kwargs], torch.Tensor, number, {})
-        root = torch.empty(0, requires_grad=True)
+        root = torch.empty(0, requires_grad=True)  # so that saver has a grad_fn
         self.saver = Saver.apply(root, *tensors)
 
     def run(self, args, kwargs):
-        """(what f returns, a note of each tensor that autograd wants to store)."""
+        """(what f returns, a note (kind, address, version) of each tensor that autograd wants to store)."""
         notes = []
-        self.kept = {}  # {number: (tensor, version)} during a run, and after the second until autograd asks
+        self.kept = {}  # {number: (tensor, version)}
         self.running = True
 
         def store(tensor):
             i = len(notes)
-            address = tensor.data_ptr() if tensor.layout == torch.strided else i
+            kind = tensor.dtype, tensor.shape, tensor.device
+            address = tensor.data_ptr() if tensor.layout == torch.strided else i  # a sparse tensor has none
             version = tensor._version  # counts the changes in place
-            notes.append((tensor.dtype, tensor.shape, tensor.device, address, version))
+            notes.append((kind, address, version))
             self.kept[i] = tensor.detach(), version
             return i
 
@@ -277,7 +288,7 @@ class Call:
         return output, notes
 
     def look_up(self, i):
-        """Tensor i, for autograd. While f runs it is kept, as f itself may call torch.autograd.grad()."""
+        """Tensor i, for autograd. It is then released, but not while f runs: f may call torch.autograd.grad()."""
         if i not in self.kept:
             self.run_again()
         tensor, version = self.kept[i] if self.running else self.kept.pop(i)
@@ -291,15 +302,15 @@ class Call:
         args, kwargs = rebuild(self.arguments, Number, tensors.__getitem__, {})
         with self.conditions.second_run(), torch.enable_grad():
             _, notes = self.run(args, kwargs)  # (2)
-        kept, self.kept = self.kept, {}
-        for before, now in itertools.zip_longest(self.notes, notes, fillvalue="nothing"):
-            if before[:3] != now[:3] or before[3:4] == now[3:4] and before != now:
+        for before, now in itertools.zip_longest(self.notes, notes, fillvalue=("nothing", None, None)):
+            changed = before[1] == now[1] and before[2] != now[2]  # a tensor of both runs, changed in between
+            if before[0] != now[0] or changed:
+                self.kept = {}  # another backward pass must not use what was refused
                 raise RuntimeError(f"checkpoint: when run again, f stores {now} in place of {before}")
-        self.kept = kept
 
 
 class Saver(torch.autograd.Function):
-    """Stores arguments as autograd does: changes in place are noticed, and a checkpoint around this one drops them."""
+    """Has autograd store the arguments: it notices changes in place, and a checkpoint around this one can drop them."""
 
     @staticmethod
     def forward(ctx, root, *tensors):
@@ -308,13 +319,13 @@ class Saver(torch.autograd.Function):
 
 
 class Number(int):
-    """Stands for an argument that is a tensor."""
+    """Stands for tensor number i among the arguments."""
 
 
 def rebuild(value, kind, change, copies):
-    """value with change(v) for each v of this kind in it, and copies of its lists, dicts and objects, for f to fill.
+    """value with change(v) for each v of this kind in it. Lists, dicts and objects, which f may change, are copied.
 
-    copies: {id: copy} of what was met before. Modules, functions and what cannot be copied stay the same."""
+    copies: {id: copy} of those met before. Modules, functions and what cannot be copied stay the same."""
     if isinstance(value, kind):
         return change(value)
     if id(value) in copies:
@@ -326,7 +337,7 @@ def rebuild(value, kind, change, copies):
         return value
     try:
         new = copies[id(value)] = copy.copy(value)
-    except Exception:  # of many kinds
+    except Exception:  # objects that cannot be copied raise many types
         return value
     if isinstance(new, list):
         new[:] = [rebuild(v, kind, change, copies) for v in value]
@@ -348,7 +359,7 @@ class Conditions:
 
     @contextlib.contextmanager
     def first_run(self):
-        """Notes the parameters of the modules that this thread calls, and the buffers that change."""
+        """Context of the first run. Notes parameters and changed buffers of the modules that this thread calls."""
         thread = threading.get_ident()
         called, found = [], {}
 
@@ -374,7 +385,7 @@ class Conditions:
 
     @contextlib.contextmanager
     def second_run(self):
-        """As in the first run, for this thread; afterwards everything is as it is now."""
+        """Context of a later run: the conditions are as before the first run, and afterwards again as they are now."""
         if any(p._version != version for p, version in self.parameters):
             raise RuntimeError("checkpoint: a parameter was changed in place between the forward and the backward pass")
         random = random_states() if self.random else []
@@ -403,12 +414,13 @@ def random_states():
 
 
 def set_random(states):
+    """Sets the generators to states from random_states()."""
     for set_state, state in states:
         set_state(state)
 
 
 def autocast(settings):
-    """A context with autocast as it was, but for its cache, which may hold casts that were made without recording."""
+    """Autocast as in settings, but without its cache, which may hold casts that autograd did not record."""
     stack = contextlib.ExitStack()
     for kind, dtype, enabled in settings:
         if enabled or torch.is_autocast_enabled(kind):
@@ -417,14 +429,14 @@ def autocast(settings):
 
 
 # ------------------------------------------------------------------------------- method: unequal layers ------------
-Chain = collections.namedtuple("Chain", "w a u")  # three lists, with a number for each layer
+Chain = collections.namedtuple("Chain", "w a u")  # lists with one number for each layer: bytes, bytes, seconds
 
 
 def in_budget(chain, budget, steps=500, blocks=100):
     """The fastest schedule that never stores more than budget bytes. ValueError if there is none.
 
-    Memory is counted in units of about budget / steps bytes, and sizes are rounded up to them. More layers than
-    blocks are grouped into blocks."""
+    Memory is counted in units of about budget / steps bytes; sizes are rounded up to whole units. If there are more
+    layers than blocks, they are grouped into blocks."""
     n = min(len(chain.u), blocks)
     cuts = [len(chain.u) * i // n for i in range(n + 1)]
     u = np.add.reduceat(chain.u, cuts[:-1])  # sums over the blocks
@@ -469,7 +481,7 @@ def in_budget(chain, budget, steps=500, blocks=100):
 
 
 def predict(schedule, chain):
-    """(peak bytes, runs of a layer) of a schedule."""
+    """(peak bytes, n + t) of a schedule."""
     peak = runs = 0
     todo = [(schedule, 0, 1)]
     while todo:
@@ -487,14 +499,14 @@ def predict(schedule, chain):
 
 # -------------------------------------------------------------------------------------------- measuring ------------
 class Tally(saved_tensors_hooks):
-    """Context that counts the bytes that autograd stores, without the tensors in own: now() and their peak.
+    """Context that counts the bytes that autograd stores, now() and at their peak, without the tensors in own.
 
-    A storage counts once, until the last tensor in it is released."""
+    A storage that several tensors share counts once, until the last of them is released."""
 
     def __init__(self, own):
         super().__init__(self.store, lambda stored: stored())
         self.own = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self.sizes = weakref.WeakKeyDictionary()  # {what autograd has got: (storage, bytes)}
+        self.sizes = weakref.WeakKeyDictionary()  # {what autograd holds: (address, bytes)}
         self.peak = 0
 
     def store(self, tensor):
@@ -516,7 +528,7 @@ def forward_backward(layers, schedule, x, checkpoint=checkpoint_reentrant):
 
 
 def count(layers, schedule, x, checkpoint=checkpoint_reentrant):
-    """(peak bytes stored without parameters, runs of a layer) of a forward and a backward pass."""
+    """(peak bytes stored, n + t) of a forward and a backward pass. Parameters and buffers do not count."""
     runs = []
 
     def counted(layer, x):
@@ -531,7 +543,7 @@ def count(layers, schedule, x, checkpoint=checkpoint_reentrant):
 
 
 def clock(jobs, device):
-    """Median seconds of each job over 7 rounds in which they take turns, after one of warm-up."""
+    """Median seconds of each job. The jobs take turns for 7 rounds, after one round of warm-up."""
     seconds = np.zeros((8, len(jobs)))
     for row in seconds:
         for i, job in enumerate(jobs):
@@ -543,7 +555,7 @@ def clock(jobs, device):
 
 
 def allocated_by(job, device):
-    """The most bytes that a job allocates on a GPU at a time, inf if it has too little memory; 0 on other devices."""
+    """Peak of the bytes that a job allocates on a GPU, inf if the GPU has too little memory; 0 on other devices."""
     if device.type != "cuda":
         return 0
     before = torch.cuda.memory_allocated(device)
@@ -587,7 +599,7 @@ class ResidualLayer(nn.Module):
 
 
 def make_chain(width=128, depth=100):
-    """depth equal layers. run() takes any other list of layers as well."""
+    """depth layers of one size. run() takes any other list of layers as well."""
     return nn.ModuleList(ResidualLayer(width, depth) for _ in range(depth))
 
 
@@ -625,10 +637,10 @@ def load(path, device="cpu"):
 
 
 def print_table(ways, layers, x):
-    """Prints what each way takes, predictions in brackets, and returns {name: peak bytes}.
+    """Prints bytes, runs and seconds of each way, predictions in brackets, and returns {name: peak bytes}.
 
-    ways: {name: arguments of forward_backward() after layers}. A way with a checkpoint function of its own stores by
-    hooks of its own, so its bytes cannot be counted. What a GPU has no memory for is only predicted."""
+    ways: {name: (schedule, x) or (schedule, x, checkpoint)}. Tally does not see what
+    checkpoint functions with hooks store: for these no bytes are printed. What a GPU cannot hold is only predicted."""
     chain = measure_chain(layers, x)
     jobs = {name: functools.partial(forward_backward, layers, *way) for name, way in ways.items()}
     for p in layers.parameters():

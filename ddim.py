@@ -352,6 +352,18 @@ def draw_interpolations(path, model, x_T, steps, spacing):
     save_grid(path, images, columns=10)
 
 
+def draw_film(path, model, x_T, steps, spacing):
+    """Saves a film of sixteen latents that become images, about a dozen of the steps."""
+    states = []
+
+    def recorded(x_t, t):
+        states.append(x_t)
+        return model(x_t, t)
+
+    x_0 = decode(recorded, x_T[:16], make_alpha_bar(), steps, spacing=spacing)
+    save_gif(path, [*states[:: math.ceil(steps / 12)], x_0])
+
+
 def draw_reconstructions(path, model, x_0, spacing):
     """Saves images and, below them, a row of reconstructions for each number of steps, and prints the errors."""
     alpha_bar = make_alpha_bar()
@@ -431,14 +443,15 @@ def main(argv=None):
     save_samples(args.out, x)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     x_T = torch.randn(32, *model.shape, generator=generator, device=args.device)
+    draw_film(args.out / "samples.gif", model, x_T, args.steps, args.spacing)
     draw_interpolations(args.out / "slerp.png", model, x_T, args.steps, args.spacing)
     x_0 = test_images.to(args.device).float() / 127.5 - 1
     draw_reconstructions(args.out / "reconstructions.png", model, x_0, args.spacing)
     if args.compare:
         draw_comparison(args.out / "compare.png", model, x_T, args.compare, args.spacing)
     print(
-        f"{args.samples} samples in {args.steps} steps each: {args.out}/samples.png, samples.npy, slerp.png, "
-        f"reconstructions.png (first row: test images){', compare.png' * bool(args.compare)}"
+        f"{args.samples} samples in {args.steps} steps each: {args.out}/samples.png, samples.gif, samples.npy, "
+        f"slerp.png, reconstructions.png (first row: test images){', compare.png' * bool(args.compare)}"
     )
 
 
@@ -573,14 +586,26 @@ def to_uint8(x):
     return (x * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
-def save_grid(path, x, columns=8):
-    """Saves images in -1 .. 1, (N, C, H, W), as one PNG, row by row. Small images are enlarged."""
+def make_grid(x, columns=8):
+    """Images in -1 .. 1, (N, C, H, W), as one picture, row by row. Small images are enlarged."""
     x = F.pad(to_uint8(x), (0, 2, 0, 2), value=96)  # lines between the images
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=96)  # complete the last row
     x = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     sheet = x.flatten(2, 3).flatten(0, 1)[:-2, :-2].squeeze(2)
+    return ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST)
+
+
+def save_grid(path, x, columns=8):
+    """Saves images in -1 .. 1, (N, C, H, W), as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST).save(path)
+    make_grid(x, columns).save(path)
+
+
+def save_gif(path, frames):
+    """Saves a film of frames in -1 .. 1, (N, C, H, W) each. It begins with the last, which a still picture shows."""
+    pictures = [make_grid(x, columns=4).quantize(16) for x in [frames[-1], *frames]]
+    seconds = [2.0, *[0.1] * len(frames)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[1000 * s for s in seconds], loop=0)
 
 
 def save_samples(out, x):

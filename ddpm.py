@@ -277,13 +277,16 @@ def q_mean(x_0, x_t, t, s):
     return s.mean_x_0[t] * x_0 + s.mean_x_t[t] * x_t  # (3)
 
 
-def p_mean(model, x_t, t, s, clip=True):
-    """The mean of the model's x_{t-1}, like x_t. t: an int."""
+def guess(model, x_t, t, s, clip=True):
+    """The model's estimate of x_0, like x_t. t: an int."""
     eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
     x_0 = (x_t - s.noise[t] * eps) / s.signal[t]  # (6)
-    if clip:
-        x_0 = x_0.clamp(-1, 1)
-    return q_mean(x_0, x_t, t, s)  # (6)
+    return x_0.clamp(-1, 1) if clip else x_0
+
+
+def p_mean(model, x_t, t, s, clip=True):
+    """The mean of the model's x_{t-1}, like x_t. t: an int."""
+    return q_mean(guess(model, x_t, t, s, clip), x_t, t, s)  # (6)
 
 
 def variances(s, variance):
@@ -316,7 +319,7 @@ def reverse(model, x_T, s, variance="large", clip=True, generator=None):
 def sample(model, n, variance="large", clip=True, seed=0, chunk=100, strip=()):
     """n images, (n, C, H, W), roughly in -1 .. 1, on the CPU. They are drawn in chunks.
 
-    strip: a dict that receives, for each of its keys t, x_t of the first eight images."""
+    strip: a dict that receives, for each of its keys t, x_t of the first sixteen images."""
     device = next(model.parameters()).device
     s = make_schedule().to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -327,7 +330,7 @@ def sample(model, n, variance="large", clip=True, seed=0, chunk=100, strip=()):
         steps = progress(range(len(s.beta) + 1), f"images {i + 1} to {i + len(x_T)} of {n}, step")
         for _, (t, x) in zip(steps, states):
             if i == 0 and t in strip:
-                strip[t] = x[:8].cpu()
+                strip[t] = x[:16].cpu()
         images.append(x.cpu())
     return torch.cat(images)
 
@@ -388,6 +391,18 @@ def print_bound(model, x_0, variance, seed):
     print(f"bound on {len(x_0)} test images: {total.mean():.3f} +- {error:.3f} bits/dim = {parts}")
 
 
+@torch.inference_mode()
+def draw_strips(out, model, strip):
+    """Saves images in the course of sampling, {t: x_t}: a film, eight rows of x_t, and of the estimates of x_0."""
+    device = next(model.parameters()).device
+    s = make_schedule().to(device)
+    guesses = [x if t == -1 else guess(model, x.to(device), t, s).cpu() for t, x in strip.items()]
+    save_gif(out / "samples.gif", [*strip.values()])
+    for name, columns in ("strip.png", strip.values()), ("guesses.png", guesses):
+        rows = torch.stack([x[:8] for x in columns], dim=1)  # (8, times, C, H, W)
+        save_grid(out / name, rows.flatten(0, 1), columns=len(strip))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -426,10 +441,11 @@ def main(argv=None):
     strip = dict.fromkeys((999, 799, 599, 399, 299, 199, 149, 99, 49, -1))
     x = sample(model, args.samples, args.variance, seed=args.seed, strip=strip)
     save_samples(args.out, x)
-    save_grid(args.out / "strip.png", torch.stack([*strip.values()], dim=1).flatten(0, 1), columns=len(strip))
+    draw_strips(args.out, model, strip)
     if args.bound:
         print_bound(model, test_images.to(args.device).float() / 127.5 - 1, args.variance, args.seed)
-    print(f"{args.samples} samples: {args.out}/samples.png, samples.npy, strip.png (from noise to image)")
+    print(f"{args.samples} samples: {args.out}/samples.png, samples.npy; samples.gif, strip.png (from noise to image)")
+    print(f"{args.out}/guesses.png (what the network takes for x_0 in the course of strip.png)")
 
 
 # ------------------------------------------------------------------------------------------------ plumbing ------------
@@ -563,14 +579,26 @@ def to_uint8(x):
     return (x * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
-def save_grid(path, x, columns=8):
-    """Saves images in -1 .. 1, (N, C, H, W), as one PNG, row by row. Small images are enlarged."""
+def make_grid(x, columns=8):
+    """Images in -1 .. 1, (N, C, H, W), as one picture, row by row. Small images are enlarged."""
     x = F.pad(to_uint8(x), (0, 2, 0, 2), value=96)  # lines between the images
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=96)  # complete the last row
     x = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     sheet = x.flatten(2, 3).flatten(0, 1)[:-2, :-2].squeeze(2)
+    return ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST)
+
+
+def save_grid(path, x, columns=8):
+    """Saves images in -1 .. 1, (N, C, H, W), as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST).save(path)
+    make_grid(x, columns).save(path)
+
+
+def save_gif(path, frames):
+    """Saves a film of frames in -1 .. 1, (N, C, H, W) each. It begins with the last, which a still picture shows."""
+    pictures = [make_grid(x, columns=4).quantize(16) for x in [frames[-1], *frames]]
+    seconds = [2.0, *[0.1] * len(frames)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[1000 * s for s in seconds], loop=0)
 
 
 def save_samples(out, x):

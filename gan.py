@@ -396,14 +396,15 @@ def main(argv=None):
     draw_slerps(args.out / "slerp.png", G, args.seed)
     rows = frames.transpose(0, 1).float() / 127.5 - 1  # (8, 10, C, H, W)
     save_grid(args.out / "progress.png", rows.flatten(0, 1), columns=10)
+    save_gif(args.out / "progress.gif", rows.transpose(0, 1))
     real_logits, fake_logits = evaluate(G, d, test, args.seed + 1)
     bound, error = js_bound(real_logits, fake_logits)
     print(f"mean D(x) of {len(real_logits)} test images: {real_logits.sigmoid().mean():.3f}", end=", ")
     print(f"of {len(fake_logits)} generated images: {fake_logits.sigmoid().mean():.3f}")
     print(f"JS(p_data || p_g) >= {bound:.4f} +- {error:.4f} nats, {bound / math.log(2):.1%} of log 2")
     print(
-        f"{args.samples} samples: {args.out}/samples.png, samples.npy, slerp.png, progress.png (a row for each z, "
-        "after 1, 4, 9, ..., 100 % of the training)"
+        f"{args.samples} samples: {args.out}/samples.png, samples.npy, slerp.png, progress.gif, "
+        "progress.png (a row for each z, after 1, 4, 9, ..., 100 % of the training)"
     )
 
 
@@ -538,14 +539,26 @@ def to_uint8(x):
     return (x * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
-def save_grid(path, x, columns=8):
-    """Saves images in -1 .. 1, (N, C, H, W), as one PNG, row by row. Small images are enlarged."""
+def make_grid(x, columns=8):
+    """Images in -1 .. 1, (N, C, H, W), as one picture, row by row. Small images are enlarged."""
     x = F.pad(to_uint8(x), (0, 2, 0, 2), value=96)  # lines between the images
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=96)  # complete the last row
     x = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     sheet = x.flatten(2, 3).flatten(0, 1)[:-2, :-2].squeeze(2)
+    return ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST)
+
+
+def save_grid(path, x, columns=8):
+    """Saves images in -1 .. 1, (N, C, H, W), as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST).save(path)
+    make_grid(x, columns).save(path)
+
+
+def save_gif(path, frames):
+    """Saves a film of frames in -1 .. 1, (N, C, H, W) each. It begins with the last, which a still picture shows."""
+    pictures = [make_grid(x, columns=4).quantize(16) for x in [frames[-1], *frames]]
+    seconds = [2.0, *[0.1] * len(frames)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[1000 * s for s in seconds], loop=0)
 
 
 def save_samples(out, x):

@@ -9,15 +9,15 @@ Noise and images are connected by straight lines, and a network learns their vel
 it again on its own pairs of noise and image, until a single step suffices.
 
 Paper: Liu, Gong, Liu, "Flow Straight and Fast: Learning to Generate and Transfer Data with
-Rectified Flow", ICLR 2023, arXiv:2209.03003. Numbers in brackets at the right, such as [2], are the
-paper's equations. In the paper, and here, t = 0 is noise and t = 1 is data.
+Rectified Flow", ICLR 2023, arXiv:2209.03003. Numbers in brackets, such as [2], are its equations.
+Unlike in papers on diffusion, t = 0 is noise and t = 1 is data.
 
 symbol     in the code   meaning
 X_0, X_1   x_0, x_1      a coupling, that is, pairs of noise and image, (N, C, H, W) each: noise
                          N(0, I), images scaled to -1 .. 1
 t          t             time, 0 .. 1, (N,) or one float
 X_t        x_t           the point at time t on the straight line from X_0 to X_1
-v(x, t)    model(x, t)   velocity, (N, C, H, W)
+v(x, t)    model(x, t)   velocity, (N, C, H, W); an image has D = C H W components
 Z_t        z             the flow: the solution of the ODE (4) that starts from noise
 N          steps         number of Euler steps
 S          straightness  0 if all paths are straight, (N,)
@@ -26,15 +26,13 @@ Training. Take X_0 and X_1, at first independent, connect them by a straight lin
 network to predict the line's direction from a point on it:
 
   (1)  X_t = t X_1 + (1 - t) X_0
-
   (2)  min_v ∫ 𝔼 ‖(X_1 - X_0) - v(X_t, t)‖² dt                                                 [1]
 
 The optimum of least squares is the conditional mean. Where lines cross, it averages directions:
 
   (3)  v(x, t) = 𝔼[X_1 - X_0 | X_t = x]                                                        [2]
 
-The flow moves noise with this velocity:
-
+The flow moves noise with it:
   (4)  dZ_t = v(Z_t, t) dt,  Z_0 = X_0
 
 Z_t follows other paths than X_t, but has the same distribution at each t, so Z_1 is distributed
@@ -42,9 +40,8 @@ like the images [Theorem 3.3]. Sketch of the proof: for any smooth h with compac
 
        d/dt 𝔼 h(X_t) = 𝔼[∇h(X_t) · (X_1 - X_0)] = 𝔼[∇h(X_t) · v(X_t, t)]
 
-by the chain rule, (1) and then (3). Because of (4), the same equation holds for Z_t. Both start
-from the same distribution, so they stay equal if the solution is unique. Paths of an ODE cannot
-cross: where lines cross, the flow swaps their ends.
+by the chain rule, (1) and then (3). By (4) it holds for Z_t, too. Both start alike, so they stay
+alike if the solution is unique. Paths of an ODE cannot cross: crossing lines swap their ends.
 
 Sampling solves (4), with N Euler steps,
 
@@ -74,21 +71,25 @@ Now X_1 is a function of X_0, so v(x, 0) = Z_1(x) - x, and one step from x ends 
 lines hardly cross, because the flow's paths do not: the new flow is straighter, and 𝔼 c(Z_1 - Z_0)
 is at most 𝔼 c(X_1 - X_0) for every convex c [Theorem 3.5]. It inherits the first flow's errors.
 
+Likelihood. A small step multiplies volumes by det(I + h ∂v/∂z) ≈ 1 + h div v, where div v is the
+trace of ∂v/∂z: a normalizing flow of infinitely many layers. From x, the path is followed back:
+
+  (9)  log p(x) = log N(Z_0; 0, I) - ∫ div v(Z_t, t) dt,  Z_1 = x
+
+  (10) div v = 𝔼[εᵀ (∂v/∂z) ε],  ε random signs, one product each (Hutchinson); the trace needs D
+
 Pitfalls:
-- Unlike in diffusion, t = 1 is the image.
 - Each image has its own t. Break it: delete the line `t = t.view(-1, 1, 1, 1)`, and t multiplies
   columns of pixels: test_rectified_flow_eq1_each_image_has_its_own_time fails.
-- In sampling the network is evaluated at the current z, not at Z_0.
 - Reflow needs the noise that made each image, not new noise.
 - The code's loss is (2) divided by C H W, a mean over pixels; S is a sum over pixels.
 
 Differences from the paper:
-- Noise to images only. The paper also transfers images to images, and distils flows.
+- Noise to images only: no transfer from images to images. No distillation.
 - t is logit-normal (Esser et al. 2024, arXiv:2403.03206): more weight on the middle, where the
   prediction is hardest. In reflow t = u², close to 0, where a single step evaluates v. Neither
   changes (3).
-- tol is 1e-3 (theirs: 1e-5), and t starts from 0 (0.001). The network is small. The EMA decay is
-  warmed up, and the learning rate decays to zero.
+- tol is 1e-3 (theirs: 1e-5), t starts from 0 (0.001), images are dequantised, the network is small.
 
 python rectified_flow.py --data mnist --samples 2000    trains in 3 minutes on two cores
 python rectified_flow.py --reflow 1 --steps 1           one-step samples; reflow takes 5 minutes
@@ -120,11 +121,16 @@ def stratified(n, device="cpu"):
     return (torch.rand(1, device=device) + torch.arange(n, device=device) / n) % 1
 
 
+def dequantise(images, generator=None):
+    """uint8 images, with noise within their step of grey, in -1 .. 1."""
+    return (images + torch.rand(images.shape, generator=generator, device=images.device)) / 128 - 1
+
+
 def line_batches(images, n):
     """Yields batches for the first flow, without end: x_0 and x_1, independent, (n, C, H, W), and t, (n,)."""
     while True:
         index = torch.randint(len(images), (n,), device=images.device)
-        x_1 = images[index].float() / 127.5 - 1
+        x_1 = dequantise(images[index])
         x_0 = torch.randn_like(x_1)
         normal = 2**0.5 * torch.erfinv(2 * stratified(n, images.device) - 1)
         yield x_0, x_1, normal.sigmoid()
@@ -303,7 +309,7 @@ DORMAND_PRINCE = (  # c_i, then a_ij. The last row is b as well, so that the las
 ERROR_WEIGHTS = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)  # e_i
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rk45(model, z, tol=1e-3):
     """z at t = 1 from z at t = 0. One step size serves the whole batch. FloatingPointError if it underflows."""
     t = 0.0
@@ -327,6 +333,44 @@ def rk45(model, z, tol=1e-3):
             raise FloatingPointError(f"rk45 at t = {t:.4f}: no step is small enough for --tol {tol}, or NaN")
         h = h * min(5.0, max(0.2, 0.9 * max(r, 1e-10) ** -0.2))  # (6)
     return z
+
+
+# -------------------------------------------------------------------------------------- method: likelihood ------------
+def divergence(model, z, t, eps):
+    """v(z, t), (N, C, H, W), and the mean of εᵀ (∂v/∂z) ε over K vectors for each image, (N,). eps: (K, N, C, H, W)."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        v = velocity(model, z, t)
+        products = [torch.autograd.grad((v * e).sum(), z, retain_graph=True)[0] * e for e in eps]
+    return v.detach(), torch.stack(products).mean(0).flatten(1).sum(1)  # (10)
+
+
+def log_prob(model, x, eps, tol=1e-4):
+    """log p(x) in nats, (N,), of x (N, C, H, W), and the noise that the flow maps to it. eps: as in divergence()."""
+
+    def backwards(state, s):
+        z = state[:, 1:].view_as(x)
+        v, div = divergence(model, z, 1 - s[0].item(), eps)
+        return torch.cat([div[:, None], -v.flatten(1)], dim=1)  # (9)
+
+    start = torch.cat([x.new_zeros(len(x), 1), x.flatten(1)], dim=1)
+    end = rk45(backwards, start, tol)
+    z = end[:, 1:]
+    log_normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+    return log_normal - end[:, 0], z.view_as(x)  # (9)
+
+
+def image_bits(model, images, tol=1e-4, seed=0, chunk=100):
+    """Bits/dim, (N,), of uint8 images (N, C, H, W), each with one sample of noise within its step and one ε."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    bits = []
+    for i in progress(range(0, len(images), chunk), "likelihood, image"):
+        x = dequantise(images[i : i + chunk].to(device), generator)
+        eps = torch.randint(2, (1, *x.shape), generator=generator, device=device) * 2.0 - 1
+        nats, _ = log_prob(model, x, eps, tol)
+        bits.append(math.log2(128) - nats.cpu() / (x[0].numel() * math.log(2)))  # a step of grey is 1/128 wide
+    return torch.cat(bits)
 
 
 def sample(model, n, steps=50, solver="euler", tol=1e-3, seed=0, chunk=100):
@@ -381,6 +425,18 @@ def load(path, device="cpu"):
     return model.to(device).requires_grad_(False).eval()
 
 
+def draw_film(path, model, z, steps):
+    """Saves a film of sixteen noises that become images, about a dozen of Euler's steps."""
+    states = []
+
+    def recorded(z, t):
+        states.append(z)
+        return model(z, t)
+
+    x = euler(recorded, z[:16], steps)
+    save_gif(path, [*states[:: math.ceil(steps / 12)], x])
+
+
 def compare_flows(path, models, z):
     """Saves the images of 12 noises in 1, 2, 5 and 50 steps, a row each, flow by flow. Prints how straight they are."""
     rows = []
@@ -413,6 +469,7 @@ def main(argv=None):
     add("--tol", type=float, default=1e-3, help="relative and absolute tolerance of rk45")
     add("--reflow", type=int, default=0, help="number of reflows")
     add("--pairs", type=positive, default=20000, help="number of pairs of noise and image of a reflow")
+    add("--nll", type=int, default=0, help="number of test images whose likelihood is printed")
     add("--out", type=Path, default=Path("out/rectified_flow"), help="run folder")
     add("--device", type=pick_device, default=pick_device(), help="where to compute")
     add("--seed", type=int, default=0, help="seed; on a CPU the same seed gives the same bits")
@@ -424,6 +481,8 @@ def main(argv=None):
         raise ValueError(f"--tol {args.tol}: must be above 0")
     if args.reflow < 0:
         raise ValueError(f"--reflow {args.reflow}: must be at least 0")
+    if args.nll < 0:
+        raise ValueError(f"--nll {args.nll}: must be at least 0")
 
     rank, _ = processes(args.device, args.batch)
     images = load_images(args.data, args.size, args.channels)
@@ -444,11 +503,17 @@ def main(argv=None):
     save_samples(args.out, x)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     z = torch.randn(64, *models[0].shape, generator=generator, device=args.device)
+    draw_film(args.out / "samples.gif", models[-1], z, args.steps)
     compare_flows(args.out / "steps.png", models, z)
     print(
         f"{args.samples} samples, {evaluations:.0f} evaluations each: {args.out}/samples.png, samples.npy, "
-        "steps.png (the same noise in 1, 2, 5 and 50 steps, flow by flow)"
+        "samples.gif, steps.png (the same noise in 1, 2, 5 and 50 steps, flow by flow)"
     )
+    if args.nll:
+        test_images = load_images(args.data, args.size, args.channels, test=True)[: args.nll]
+        bits = image_bits(models[-1], test_images)
+        error = bits.std() / len(bits) ** 0.5
+        print(f"test: {bits.mean():.4f} +- {error:.4f} bits/dim, mean of {len(bits)} images")
 
 
 # ------------------------------------------------------------------------------------------------ plumbing ------------
@@ -582,14 +647,26 @@ def to_uint8(x):
     return (x * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
-def save_grid(path, x, columns=8):
-    """Saves images in -1 .. 1, (N, C, H, W), as one PNG, row by row. Small images are enlarged."""
+def make_grid(x, columns=8):
+    """Images in -1 .. 1, (N, C, H, W), as one picture, row by row. Small images are enlarged."""
     x = F.pad(to_uint8(x), (0, 2, 0, 2), value=96)  # lines between the images
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=96)  # complete the last row
     x = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     sheet = x.flatten(2, 3).flatten(0, 1)[:-2, :-2].squeeze(2)
+    return ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST)
+
+
+def save_grid(path, x, columns=8):
+    """Saves images in -1 .. 1, (N, C, H, W), as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST).save(path)
+    make_grid(x, columns).save(path)
+
+
+def save_gif(path, frames):
+    """Saves a film of frames in -1 .. 1, (N, C, H, W) each. It begins with the last, which a still picture shows."""
+    pictures = [make_grid(x, columns=4).quantize(16) for x in [frames[-1], *frames]]
+    seconds = [2.0, *[0.1] * len(frames)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[1000 * s for s in seconds], loop=0)
 
 
 def save_samples(out, x):

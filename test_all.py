@@ -64,7 +64,7 @@ import torch
 import torch.distributions as D
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -218,7 +218,19 @@ ONE = ddim  # the plumbing is the same text in every file, so it is tested in on
 
 
 # ------------------------------------------------------------------------------------------ the repository ------------
-METHOD = {"train", "sample", "load", "main", "log_prob", "encode", "decode", "evaluate"}  # a method's own, in its file
+METHOD = {
+    "train",
+    "sample",
+    "load",
+    "main",
+    "log_prob",
+    "dequantise",
+    "draw_film",
+    "encode",
+    "decode",
+    "evaluate",
+    "image_bits",
+}  # a method's own, in its file
 
 
 def definitions(source):
@@ -871,6 +883,20 @@ def test_data_progress():
     assert out.getvalue().startswith("image 5/5: ")
 
 
+def test_data_film():
+    """A film begins with its last frame, shows all in their order, and stays below 300 kB for noise."""
+    frames = [torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(k)) for k in range(12)]
+    frames.append(torch.linspace(-1, 1, 16).view(16, 1, 1, 1).expand(16, 1, 28, 28))
+    with workdir() as here:
+        ONE.save_gif(here / "film.gif", frames)
+        assert (here / "film.gif").stat().st_size < 300_000
+        with Image.open(here / "film.gif") as film:
+            shown = [np.array(picture.convert("L")).astype(int) for picture in ImageSequence.Iterator(film)]
+    assert len(shown) == 14
+    for got, x in zip(shown, [frames[-1], *frames]):
+        assert np.abs(got - np.array(ONE.make_grid(x, 4)).astype(int)).mean() < 12
+
+
 # ------------------------------------------------------------------ training, for all that train on images ------------
 # name: the function that is given a batch, which argument the batch is, and what the bytes 0 and 255 become
 TRAIN = {"ddpm": ("loss_simple", 1, -1, 1), "ddim": ("loss_gamma", 1, -1, 1), "rectified_flow": ("loss_flow", 2, -1, 1)}
@@ -918,7 +944,11 @@ def test_training_sees(module):
     assert counts.nonzero()[:, 0].tolist() == sorted(wanted.tolist())
     assert counts[wanted].min() > 0.5 * len(x) / len(wanted)
     for k, shade in enumerate((51, 102, 204)):  # of binarised images so many pixels are white
-        near(x[used % 3 == k][:, 0, 1:].mean(), low + (high - low) * shade / 255, 0.015 if low == 0 else 1e-6)
+        near(
+            x[used % 3 == k][:, 0, 1:].mean(),
+            low + (high - low) * shade / 255,
+            0.015 if low == 0 else 0.005 if module is rectified_flow else 1e-6,
+        )
     for i, value in enumerate(seen[0]):
         if (
             torch.is_tensor(value)
@@ -3988,16 +4018,16 @@ def test_ddpm_network():
 
 
 def test_ddpm_sample():
-    """sample() returns as many images as asked for, chunk by chunk, equal for equal seeds, and the states of eight."""
+    """sample() returns as many images as asked for, chunk by chunk, equal for equal seeds, and states of the first."""
     x_0, s = normal(1, 2, 2).float().clamp(-1, 1), ddpm.make_schedule().to("cpu")
     knows, strip = Net(oracle(x_0, s)), {999: None, 600: None, -1: None}
     x = quiet(ddpm.sample, knows, 12, chunk=9, strip=strip)
     near(x, x_0.expand(12, 1, 2, 2), 1e-4)
     assert knows.asked == [[t] * n for n in (9, 3) for t in reversed(range(1000))]
-    assert torch.equal(strip[-1], x[:8]) and strip[600].shape == (8, 1, 2, 2)
+    assert torch.equal(strip[-1], x[:9]) and strip[600].shape == (9, 1, 2, 2)
     near(strip[600], s.signal[600] * x_0, 5 * s.noise[600])
     g = torch.Generator().manual_seed(0)
-    assert torch.equal(strip[999], torch.randn(9, 1, 2, 2, generator=g)[:8])
+    assert torch.equal(strip[999], torch.randn(9, 1, 2, 2, generator=g))
     draw = functools.partial(quiet, ddpm.sample, Net(lambda x, t: torch.zeros_like(x)), 5, chunk=2)
     one = draw(clip=False)
     assert torch.equal(one, draw(clip=False)) and not torch.equal(one, draw(clip=False, seed=1))
@@ -4029,8 +4059,14 @@ def test_ddpm_command():
         strip = dict.fromkeys((999, 299, -1))
         x = quiet(ddpm.sample, model, 9, "small", True, 4, strip=strip)
         assert np.array_equal(np.load("run/samples.npy"), ddpm.to_uint8(x)[:, 0])
-        shown = torch.stack([*strip.values()], dim=1)
+        shown = torch.stack([*strip.values()], dim=1)[:8]
         alike(tiles("run/strip.png")[:, [0, 4, 9]], ddpm.to_uint8(shown))
+        s = ddpm.make_schedule().to("cpu")
+        at_noise = ddpm.guess(model, strip[999][:8], 999, s)
+        guesses = tiles("run/guesses.png")[:, [0, 9]]
+        alike(guesses, ddpm.to_uint8(torch.stack([at_noise, strip[-1][:8]], dim=1)))
+        with Image.open("run/samples.gif") as film:
+            assert film.n_frames == 11
         x_0 = ddpm.load_images("pics", 8, test=True)[:3].float() / 127.5 - 1
         generator = torch.Generator().manual_seed(4)
         bits = quiet(ddpm.bound, model, x_0, ddpm.make_schedule().to("cpu"), "small", True, generator).numpy()
@@ -4534,6 +4570,95 @@ def test_rectified_flow_command():
         for flag in "--tol 0", "--tol nan", "--reflow -1":
             status, _, err = call(rectified_flow, ["--out", "run", *flag.split()])
             assert status == 1 and flag in err, err
+
+
+def gaussian_velocity(m, s):
+    """The velocity (3) for images whose pixels are all N(m, s²), in closed form."""
+
+    def v(x, t):
+        t = t.view(-1, 1, 1, 1)
+        return m + (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2) * (x - t * m)
+
+    return v
+
+
+def small_velocity(D=2):
+    """A velocity field in D dimensions, from two random layers, in float64."""
+    a, b, c = normal(D, 8), normal(8, seed=1), normal(8, D, seed=2)
+    return lambda x, t: (((x.flatten(1) @ a + b + t.view(-1, 1)).tanh() @ c) / 2).view_as(x)
+
+
+def axes(x):
+    """The ε with which divergence() is exact: the axes times √D, (D, N, C, H, W)."""
+    D = x[0].numel()
+    return (D**0.5 * torch.eye(D, dtype=x.dtype)).view(D, 1, *x.shape[1:]).expand(D, *x.shape)
+
+
+def test_rectified_flow_eq9_log_prob_of_a_gaussian():
+    """For Gaussian images log_prob() is their log density, and the noise that it returns is (x - m) / s."""
+    m, s = 0.7, 0.4
+    x = m + s * normal(6, 1, 2, 2)
+    nats, z = rectified_flow.log_prob(gaussian_velocity(m, s), x, normal(1, *x.shape).sign(), 1e-7)
+    near(nats, D.Normal(m, s).log_prob(x).flatten(1).sum(1), 1e-5)
+    near(z, (x - m) / s, 1e-5)
+
+
+def test_rectified_flow_eq9_density_integrates_to_one():
+    """The density of a flow in two dimensions integrates to one."""
+    side = torch.linspace(-7, 7, 81, dtype=torch.float64)
+    x = torch.cartesian_prod(side, side).view(-1, 1, 1, 2)
+    nats, _ = rectified_flow.log_prob(small_velocity(), x, axes(x), 1e-4)
+    near(nats.exp().sum() * (side[1] - side[0]) ** 2, 1, 1e-3)
+
+
+def test_rectified_flow_eq9_is_the_change_of_variables():
+    """log_prob() is log N(z) - log |det ∂x/∂z| for x made by many Euler steps from z, the determinant by autograd."""
+    v, z = small_velocity(), normal(1, 1, 1, 2)
+
+    def many_steps(z):
+        for i in range(500):
+            z = z + v(z, torch.full((1,), (i + 0.5) / 500)) / 500
+        return z
+
+    x = many_steps(z)
+    nats, start = rectified_flow.log_prob(v, x, axes(x), 1e-6)
+    near(nats, D.Normal(0, 1).log_prob(z).sum() - jacobian(many_steps, z).slogdet().logabsdet, 0.01)
+    near(start, z, 0.01)
+
+
+def test_rectified_flow_eq10_hutchinson():
+    """The mean over all sixteen vectors of four signs, and that over the axes, are the trace of the Jacobian."""
+    v, z = small_velocity(4), normal(3, 1, 2, 2)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4).view(16, 1, 1, 2, 2)
+    want = [jacobian(lambda z: v(z, torch.full((1,), 0.3)), one[None]).trace() for one in z]
+    for eps in signs.expand(16, *z.shape), axes(z):
+        velocity, div = rectified_flow.divergence(v, z, 0.3, eps)
+        near(velocity, v(z, torch.full((3,), 0.3)), 1e-7)
+        near(div, want, 1e-6)
+
+
+def test_rectified_flow_bits():
+    """image_bits() is -log2 of the density times the width of a step of grey, for each of the D numbers of an image."""
+    model = nn.Module()
+    model.p = nn.Parameter(torch.zeros(1))
+    model.forward = gaussian_velocity(0.0, 0.5)
+    k = torch.randint(256, (40, 1, 4, 4), dtype=torch.uint8)
+    bits = quiet(rectified_flow.image_bits, model, k, 1e-5, chunk=15)
+    middle = (k + 0.5) / 128 - 1
+    near(bits, -(D.Normal(0, 0.5).log_prob(middle) / math.log(2) - 7).flatten(1).mean(1), 0.02)
+    near(rectified_flow.dequantise(torch.tensor([0, 255], dtype=torch.uint8)), [-1, 1], 1 / 128)
+
+
+def test_rectified_flow_nll_command():
+    """--nll N prints the mean bits/dim of the first N test images; a negative N is refused."""
+    with workdir() as here:
+        grey(here)
+        words = "--data pics --size 8 --width 8 --iters 3 --batch 2 --samples 2 --out run --nll".split()
+        status, out, err = call(rectified_flow, [*words, 2])
+        test_images = rectified_flow.load_images("pics", 8, 1, test=True)
+        bits = quiet(rectified_flow.image_bits, rectified_flow.load("run/model.pt"), test_images[:2])
+        assert status == 0 and f"test: {bits.mean():.4f} +- {bits.std() / 2**0.5:.4f} bits/dim" in out, err
+        assert call(rectified_flow, [*words, -1])[0] == 1
 
 
 # ---------------------------------------------------------------------------------------- checkpointing.py ------------

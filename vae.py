@@ -519,14 +519,19 @@ def to_uint8(x):
     return (x * 127.5 + 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
-def save_grid(path, x, columns=8):
-    """Saves images in -1 .. 1, (N, C, H, W), as one PNG, row by row. Small images are enlarged."""
+def make_grid(x, columns=8):
+    """Images in -1 .. 1, (N, C, H, W), as one picture, row by row. Small images are enlarged."""
     x = F.pad(to_uint8(x), (0, 2, 0, 2), value=96)  # lines between the images
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=96)  # complete the last row
     x = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     sheet = x.flatten(2, 3).flatten(0, 1)[:-2, :-2].squeeze(2)
+    return ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST)
+
+
+def save_grid(path, x, columns=8):
+    """Saves images in -1 .. 1, (N, C, H, W), as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 64 // x.shape[1]), Image.NEAREST).save(path)
+    make_grid(x, columns).save(path)
 
 
 def save_samples(out, x):
