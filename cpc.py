@@ -32,8 +32,7 @@ likelihood is p(x_i|c) Π_{j≠i} p(x_j). A priori all i are equally likely, so 
 
   (1)  p(i | x_1 .. x_N, c) = [p(x_i|c) / p(x_i)] / Σ_j [p(x_j|c) / p(x_j)]                      [5]
 
-This is a classification into N classes. With scores log f and a softmax over the candidates, the
-loss is the cross-entropy
+This is a classification into N classes. With a softmax over scores log f, its cross-entropy is
 
   (2)  L = -𝔼 log( f(x_i, c) / Σ_j f(x_j, c) )                                                   [4]
 
@@ -69,11 +68,16 @@ The features are z alone, frozen, averaged over 2 x 2 patches: 3 x 3 means, 288 
 
   (7)  h = ¼ Σ_{u,v ∈ {0,1}} z_{2a+u, 2b+v},  a, b = 0 .. 2
 
-A linear probe, which is logistic regression on h, measures how good they are. CPC needs no labels;
-the probe uses the labels y_i of n images. With h standardised and a 1 appended, it minimises over V
+A linear probe, logistic regression on h with the labels y_i of n images, measures how good they
+are. With h standardised and a 1 appended, it minimises over V
 
   (8)  -1/n Σ_i log softmax(V h_i)[y_i] + λ/2 ‖V‖²,  λ = 0.0002,
        whose gradient is 1/n Σ_i (softmax(V h_i) - onehot(y_i)) h_iᵀ + λ V
+
+The features can also judge the images of a generative model. With mean μ and covariance Σ of its h,
+and μ', Σ' of test images, the Fréchet distance of the two Gaussians is (FID, with other features)
+
+  (9)  d² = ‖μ - μ'‖² + tr(Σ + Σ' - 2 (Σ Σ')^{1/2})
 
 Pitfalls:
 - A softmax over the other axis asks which context belongs to x. It bounds the same I, but is not
@@ -81,15 +85,14 @@ Pitfalls:
 - Negatives must be sampled from p(x) independently of c. Other patches of c's own image are not, so
   each image contributes one candidate.
 - The accuracy of a probe means little without its controls: on MNIST, features of the same network
-  without training are already better than pixels.
+  without training beat pixels. Nor does d² without its floor: that of as many training images.
 
 Differences from the paper:
 - Small images, not crops of ImageNet. An MLP, not a ResNet; a GRU, not a masked convolution;
-  cosines; all negatives from other images.
-- In the probe, features whose standard deviation is below a tenth of the largest stay small.
+  cosines; all negatives from other images. In the probe, nearly constant features stay small.
 
-python cpc.py --data mnist                two minutes to train, one for the control, then the probes
-python cpc.py --data photos --size 64 --channels 3 --out out/photos          a folder of your images
+python cpc.py --data mnist                             four minutes on two cores, with the probes
+python cpc.py --data mnist --judge out/ddim/samples.npy                      of a model of MNIST
 """
 
 import argparse
@@ -319,6 +322,52 @@ def learning_curve(h, others, y, other_y):
     return curve
 
 
+def frechet(a, b):
+    """The squared Fréchet distance of Gaussians with the means and covariances of features a (n, D) and b (m, D)."""
+    a, b = a.cpu().double(), b.cpu().double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    product = torch.linalg.eigvalsh(root @ cov_b @ root)  # has the eigenvalues of cov_a @ cov_b
+    trace = cov_a.trace() + cov_b.trace() - 2 * product.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + trace).item()  # (9)
+
+
+def read_samples(path, shape):
+    """The images of a samples.npy, uint8 (N, H, W) or (N, H, W, 3) -> (N, C, H, W). ValueError for other shapes."""
+    try:
+        array = np.load(path)
+    except (EOFError, ValueError) as e:
+        raise ValueError(f"--judge {path}: not a file of samples ({e})") from e
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (3, 4):
+        raise ValueError(f"--judge {path}: must be one array of images, uint8 (N, H, W) or (N, H, W, 3)")
+    x = torch.from_numpy(array)
+    x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+    if x.shape[1:] != shape or len(x) < 2:
+        raise ValueError(f"--judge {path}: {len(x)} images of shape {tuple(x.shape[1:])}, not several of {shape}")
+    return x
+
+
+def judge(model, paths, images, test_images, y=None):
+    """Prints how far the features of samples are from those of test images, and, with labels y, their classes."""
+    samples = [encode(model, read_samples(path, model.shape)) for path in paths]
+    h = encode(model, images)
+    test_h = encode(model, test_images)
+    classes = [None] * len(paths)
+    if y is not None:
+        sizes = [len(x) for x in samples]
+        classes = linear_probe(h, y.to(h.device), torch.cat(samples)).split(sizes)
+    order = torch.randperm(len(h), generator=torch.Generator().manual_seed(0))
+    for path, x, found in zip(paths, samples, classes):
+        floor = frechet(h[order[: len(x)]], test_h)
+        print(f"{path}: Frechet distance {frechet(x, test_h):.3f} (as many training images: {floor:.3f})", end="")
+        if found is not None:
+            share = found.bincount(minlength=int(y.max()) + 1) / len(found)
+            kl = torch.special.entr(share).sum().neg() + math.log(len(share))
+            print(f", {(share >= 0.2 / len(share)).sum()} of {len(share)} classes, KL {kl:.3f} nats", end="")
+        print(f", {len(x)} images")
+
+
 def plot_curves(path, curves):
     """Saves a plot of {name: {number of labels: accuracy}}. x: log of labels; y: log of the error, 1 - accuracy."""
     image = Image.new("RGB", (760, 440), "white")
@@ -375,6 +424,7 @@ def main(argv=None):
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--width", type=positive, default=256, help="units in the hidden layers of the encoder")
     add("--samples", type=positive, default=10, help="test images in neighbours.png")
+    add("--judge", type=Path, nargs="+", default=[], help="files samples.npy of other models of this data to judge")
     add("--out", type=Path, default=Path("out/cpc"), help="run folder")
     add("--device", type=pick_device, default=pick_device(), help="where to compute")
     add("--seed", type=int, default=0, help="seed; on a CPU the same seed gives the same bits")
@@ -387,7 +437,12 @@ def main(argv=None):
     test_y = load_labels(args.data, len(test_images), test=True)
     print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {args.device}")
     settings = args.iters, args.batch, args.lr, args.width, args.device, args.seed
+    for path in args.judge:
+        read_samples(path, (args.channels, args.size, args.size))  # refuses a wrong file before training
     model = train(images, *settings, args.out / "model.pt", args.fresh, args.data)
+    if args.judge:
+        judge(model, args.judge, images, test_images, y)
+        return
 
     table, n = evaluate_nce(model, test_images.to(args.device))
     print(f"test images in sets of {n}: log N = {math.log(n):.3f} nats, a random choice is right in {1 / n:.2%}")

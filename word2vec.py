@@ -13,34 +13,38 @@ Space", 2013, arXiv:1301.3781; Mikolov, Sutskever, Chen, Corrado, Dean, "Distrib
 of Words and Phrases and their Compositionality", 2013, arXiv:1310.4546. Numbers in brackets at the
 right are equations of the second paper.
 
-symbol    in the code     meaning
-c, o, n   c, o, n         word ids in order of frequency: a centre word, a neighbour, a negative
-V, d      -               number of words, and of components of a vector
-v, u      v, u            vectors of words as centre and as neighbour, (V, d) each; v is the result
-R, b      reach, b        largest window, and the one sampled for a centre, 1 <= b <= R
-P         table           distribution of negatives: each word fills a share P of the table
-k         k               negatives for each pair
-B, L, S   B, BLOCK, NEGATIVES   number of blocks, words in a block, negatives that a block shares
--         window          1 where a word is in the window of a centre, else 0, (B, L, 2 R + 1)
+symbol    in the code      meaning
+c, o, n   c, o, negatives  word ids in order of frequency: a centre word, a neighbour, a negative
+V, d      -, dim           number of words in the vocabulary, and of components of a vector
+v, u      v, u             vectors of words as centre and as neighbour, (V, d) each; v is the result
+R, b      reach, b         largest window, in words on each side; the one sampled for a centre
+f, t      f, t             relative frequency of a word; threshold of subsampling (--sample)
+P         table            distribution of negatives: each word fills a share P of the table
+k, S      k, NEGATIVES     number of negatives for each pair, and of those that a block shares
+B, L      B, BLOCK         number of blocks, and of words in a block
+-         window           1 for the words around c that are in its window, else 0, (B, L, 2 R + 1)
 
-Words with similar contexts have similar meanings. So let a word's vector predict its neighbours:
+Skip-gram. Words with similar contexts have similar meanings. So let a word predict its neighbours:
 
        p(o | c) = exp(u_o · v_c) / Σ_w exp(u_w · v_c)                                           [2]
 
 Its gradient, ∂ log p / ∂v_c = u_o - Σ_w p(w | c) u_w, pulls v_c towards what was seen and away from
 what was expected, but the sum over all V words is too costly for each pair. A simpler question
 suffices: is o a neighbour of c, or was it sampled from P? With σ(x) = 1 / (1 + e^-x) as the
-probability of "neighbour", each pair contributes
+probability of "neighbour", maximise the sum over all pairs of
 
   (1)  l(c, o) = log σ(u_o · v_c) + k 𝔼_{n ~ P} log σ(-u_n · v_c)                               [4]
 
   (2)  P(n) ∝ count(n)^(3/4)
 
-The optimal score is log(p(o | c) / P(o)) - log k: pointwise mutual information, shifted by log k.
-Because d log σ(x) / dx = σ(-x), the gradient vanishes once a pair is classified correctly:
+Because d log σ(x) / dx = σ(-x), the gradient is small once a pair is classified correctly:
 
   (3)  ∂l/∂v_c = σ(-u_o · v_c) u_o - k 𝔼 σ(u_n · v_c) u_n
        ∂l/∂u_o = σ(-u_o · v_c) v_c,  ∂l/∂u_n = -σ(u_n · v_c) v_c for each of k negatives
+
+If p(o | c) is now the share of o among the neighbours of c in the text, the average of (1) for c has
+the derivative p(o | c) σ(-s) - k P(o) σ(s) with respect to the score s = u_o · v_c. It is zero at
+s = log(p(o | c) / P(o)) - log k: pointwise mutual information, but for the 3/4, shifted by log k.
 
 The pairs are sampled too: nearer words more often, and very frequent words, such as "the", less:
 
@@ -49,21 +53,21 @@ The pairs are sampled too: nearer words more often, and very frequent words, suc
   (5)  each occurrence of a word of relative frequency f is kept with probability
        min(1, √(t / f) + t / f), before windows are formed                                     [5]
 
-CBOW scores a centre against the mean of its neighbours. Then v belongs to neighbours, u to centres:
+CBOW predicts a centre from the mean of its neighbours. Now v belongs to neighbours, u to centres:
 
   (6)  h = mean of v_o over the window,  l(c) = log σ(u_c · h) + k 𝔼_{n ~ P} log σ(-u_n · h)
 
 The same, fast. Pair by pair, these are many small dot products. But the windows of L consecutive
-words lie within L + 2 R words. If the block shares S negatives as well, all its scores are one
-matrix product, and its gradients two. With X = v of the L words, and Y = u of the L + 2 R words and
-of the negatives:
+words lie within L + 2 R words. If such a block shares S negatives, its scores are one product, and
+its gradients two. With X = v of the L words, and Y = u of the L + 2 R words and of the negatives:
 
-  (7)  scores X Yᵀ;  G = σ(-score) for pairs in a window, -(k / S) (pairs of c) σ(score) for
-       negatives, else 0;  ∂l/∂X = G Y,  ∂l/∂Y = Gᵀ X
+  (7)  scores X Yᵀ;  ∂l/∂X = G Y,  ∂l/∂Y = Gᵀ X,  where G = σ(-score) for pairs in a window,
+       -(k / S) m_c σ(score) for negatives of a centre c that has m_c pairs, and 0 elsewhere
 
-Each shared negative counts k / S for every pair, so the expected gradients are those of (3). In
-CBOW, X = v of the L + 2 R words, Y = u of the L words and the negatives, and M averages: M_cj is 1
-over the size of the window of c if j is in it, else 0:
+Centre i is number i + R of the L + 2 R words. Its window is in columns i .. i + 2 R of row i, so
+the windows form a diagonal band. Each negative counts k / S for every pair, so the expected gradients
+are those of (3). In CBOW, X = v of the L + 2 R words, Y = u of the L words and the negatives, and M
+averages: M_cj is 1 / (number of words in the window of c) if j is in it, else 0:
 
   (8)  H = M X;  G as in (7) from H Yᵀ, with one pair (c, c) for each c whose window is not empty;
        ∂l/∂X = Mᵀ G Y,  ∂l/∂Y = Gᵀ H
@@ -73,23 +77,22 @@ over the size of the window of c if j is in it, else 0:
 Meaning is then in directions, and in differences of them. With all vectors normalised,
 
   (10) nearest(w) = the x ≠ w with the largest cos(v_x, v_w)
-       a : b = c : x for the x, none of a, b, c, with the largest cos(v_x, v_b - v_a + v_c)
+       the x in a : b = c : x is the word, not a, b or c, with the largest cos(v_x, v_b - v_a + v_c)
 
 Pitfalls:
 - v and u are two tables. Break it: in pair_step, write v[o] for u[o] in the line of d_c, and
   test_word2vec_eq3_pair fails.
 - Counts are taken before subsampling, windows after it. A negative may equal o, as in (1).
-- The gradients of a step add up, so frequent words take large steps: with a larger --batch, or a
-  small vocabulary, lower --lr. Blocks are read and shuffled 16 steps at a time. A step is shortened
-  if its most frequent word would occur more than 16 times, and to 6 words per vocabulary word.
-- A word is a run of letters with their marks, in lower case; each Chinese character is a word. No
-  window crosses a blank line, nor the border of 16 steps.
+- Gradients of a step add up: with a larger --batch, or a small vocabulary, lower --lr. A step has at
+  most 6 words per word of the vocabulary, and so few that none is expected more than 16 times.
+- A word is a run of letters in lower case, or a Chinese character. No window crosses a blank line,
+  nor the end of a part of the text (16 steps). The blocks of a part are shuffled.
 
-Differences from the papers: (7); t / f in (5), as in the authors' program; no phrases, no
-hierarchical softmax. (8) divides the CBOW gradient by the window size; their program does not.
+Differences from the papers: shared negatives (7); t / f in (5), as in the authors' program; no
+phrases, no hierarchical softmax. (8) divides the CBOW gradient by the window size; theirs does not.
 
 python word2vec.py --text english.txt --out out/english      five epochs in half a minute
-python word2vec.py --out out/english --nearest king queen    asks the trained vectors
+python word2vec.py --out out/english --nearest king queen    prints the nearest words to each
 """
 
 import argparse
@@ -121,7 +124,9 @@ AT_ONCE = 16  # steps whose text is read, and whose windows and negatives are sa
 
 # -------------------------------------------------------------------------------------------------- method ------------
 def pair_step(v, u, c, o, negatives, rate):
-    """Moves v and u, in place, by the gradients of one pair (c, o). negatives: (k,) word ids sampled from P."""
+    """Moves v and u, in place, by the gradients of one pair (c, o). negatives: (k,) word ids sampled from P.
+
+    The plainest form, for reading: training does the same for whole blocks, in sgd_step()."""
     g = torch.sigmoid(-u[o] @ v[c])
     g_n = torch.sigmoid(u[negatives] @ v[c])
     d_c = g * u[o] - g_n @ u[negatives]  # (3)
@@ -144,22 +149,24 @@ def negative_table(counts, size=1 << 22):
 
 
 def sample_blocks(ids, keep, table, reach):
-    """Subsamples word ids of a text, (n,), -1 for a blank line, and cuts the kept words into B blocks.
+    """Subsamples the word ids of a text, (n,), -1 for a blank line, and divides the kept words into B blocks.
 
-    Returns centres (B, L), around (B, L + 2 R), negatives (B, S), window (B, L, 2 R + 1) of zeros and ones."""
+    Returns centres (B, L), the ids in each block; around (B, L + 2 R), the same with the R words before and after it;
+    negatives (B, S); and window (B, L, 2 R + 1) of zeros and ones. keep: (V,), of keep_probability(); reach: R."""
     device = ids.device
     kept = (torch.rand(len(ids), device=device) < keep[ids]) & (ids >= 0)  # (5)
     words = ids[kept]
-    paragraphs = (ids < 0).cumsum(0, dtype=torch.int32)[kept]
+    paragraphs = (ids < 0).cumsum(0, dtype=torch.int32)[kept]  # the number of blank lines before each word
     B = max(1, math.ceil(len(words) / BLOCK))
     padding = (reach, B * BLOCK - len(words) + reach)
     words = F.pad(words, padding)
-    neighbours = F.pad(paragraphs, padding, value=-1).unfold(0, 2 * reach + 1, 1)  # the paragraphs of c - R .. c + R
-    own = neighbours[:, reach : reach + 1]
+    paragraphs = F.pad(paragraphs, padding, value=-1)  # -1: no word of the text
+    theirs = paragraphs.unfold(0, 2 * reach + 1, 1)  # (B L, 2 R + 1): row c has the paragraphs of c - R .. c + R
+    own = theirs[:, reach : reach + 1]
 
     b = torch.randint(1, reach + 1, (B * BLOCK, 1), dtype=torch.int32, device=device)  # (4)
     distance = torch.arange(-reach, reach + 1, dtype=torch.int32, device=device).abs()
-    window = (distance > 0) & (distance <= b) & (neighbours == own) & (own >= 0)  # (4)
+    window = (distance > 0) & (distance <= b) & (theirs == own) & (own >= 0)  # (4)
     negatives = table[torch.randint(len(table), (B, NEGATIVES), device=device)]
     centres = words[reach : reach + B * BLOCK].view(B, BLOCK)
     around = words.unfold(0, BLOCK + 2 * reach, BLOCK)
@@ -168,47 +175,56 @@ def sample_blocks(ids, keep, table, reach):
 
 # ------------------------------------------------------------------------------------------ the same, fast ------------
 def band(x, width):
-    """The band of x (B, L, columns): in row i the columns i .. i + width - 1, as a view (B, L, width)."""
+    """The band of x (B, L, columns), contiguous: from row i the columns i .. i + width - 1. A view, (B, L, width).
+
+    A row of x is `columns` numbers in memory, so one row down and one column to the right is columns + 1 further."""
     rows, columns = x.shape[1:]
     return x.as_strided((len(x), rows, width), (rows * columns, columns + 1, 1))
 
 
 def skip_gram(x, y, window, k, measure=False):
-    """∂l/∂x, ∂l/∂y, and the sum of l if measure. x: v of the centres; y: u of the words around and the negatives."""
-    width = window.shape[2]
-    others = window.shape[1] + width - 1
+    """∂l/∂x, ∂l/∂y, and the sum of l if measure, else None.
+
+    x: v of the centres, (B, L, d); y: u of the words around and of the negatives, (B, L + 2 R + S, d)."""
+    L, width = window.shape[1:]
+    split = L + width - 1  # L + 2 R: here the negatives begin
     scores = x @ y.mT  # (7)
-    near = band(scores, width)
-    far = scores[:, :, others:]
-    weight = k / far.shape[2] * window.sum(2, keepdim=True)
+    s = band(scores, width)  # (B, L, 2 R + 1), of each centre and the words around it
+    s_n = scores[:, :, split:]  # (B, L, S), of each centre and the negatives
+    weight = k / s_n.shape[2] * window.sum(2, keepdim=True)  # (B, L, 1): the sum of a row of window is m_c
     G = torch.zeros_like(scores)
-    band(G, width).copy_(torch.sigmoid(-near).mul_(window))  # (7)
-    G[:, :, others:] = torch.sigmoid(far).mul_(-weight)  # (7)
-    total = (window * F.logsigmoid(near)).sum() + (weight * F.logsigmoid(-far)).sum() if measure else None  # (1)
+    band(G, width).copy_(torch.sigmoid(-s).mul_(window))  # (7)
+    G[:, :, split:] = torch.sigmoid(s_n).mul_(-weight)  # (7)
+    total = (window * F.logsigmoid(s)).sum() + (weight * F.logsigmoid(-s_n)).sum() if measure else None  # (1)
     return G @ y, G.mT @ x, total  # (7)
 
 
 def cbow(x, y, window, k, measure=False):
-    """∂l/∂x, ∂l/∂y, and the sum of l if measure. x: v of the words around; y: u of the centres and the negatives."""
+    """∂l/∂x, ∂l/∂y, and the sum of l if measure, else None.
+
+    x: v of the words around, (B, L + 2 R, d); y: u of the centres and of the negatives, (B, L + S, d).
+    A centre has one pair, with itself, so the left part of G in (8) is diagonal: g has its diagonal, G_n the rest."""
     L, width = window.shape[1:]
-    size = window.sum(2, keepdim=True)
-    one = size.clamp(max=1)  # 1 pair for each centre, 0 if its window is empty
+    size = window.sum(2, keepdim=True)  # (B, L, 1), words in each window
+    pairs = size.clamp(max=1)  # m_c: 1, or 0 if the window is empty
     M = x.new_zeros(len(x), L, x.shape[1])
     band(M, width).copy_(window / size.clamp(min=1))
     h = M @ x  # (6) (8)
     centres, negatives = y[:, :L], y[:, L:]
-    near = (h * centres).sum(2, keepdim=True)
-    far = h @ negatives.mT
-    weight = k / far.shape[2] * one
-    G = torch.sigmoid(-near) * one  # (8)
-    G_n = torch.sigmoid(far) * -weight  # (8)
-    d_h = G * centres + G_n @ negatives
-    total = (one * F.logsigmoid(near)).sum() + (weight * F.logsigmoid(-far)).sum() if measure else None  # (6)
-    return M.mT @ d_h, torch.cat([G * h, G_n.mT @ h], dim=1), total  # (8)
+    s = (h * centres).sum(2, keepdim=True)  # (B, L, 1), of each centre and its window
+    s_n = h @ negatives.mT  # (B, L, S)
+    weight = k / s_n.shape[2] * pairs
+    g = torch.sigmoid(-s) * pairs  # (8)
+    G_n = torch.sigmoid(s_n) * -weight  # (8)
+    d_h = g * centres + G_n @ negatives
+    total = (pairs * F.logsigmoid(s)).sum() + (weight * F.logsigmoid(-s_n)).sum() if measure else None  # (6)
+    return M.mT @ d_h, torch.cat([g * h, G_n.mT @ h], dim=1), total  # (8)
 
 
 def sgd_step(v, u, blocks, k, rate, model, measure=False):
-    """Moves the tables v and u, in place, by the gradients of some blocks. Returns the sum of their l if measure."""
+    """Moves v and u, in place, by the gradients of some blocks. Returns the sum of their l if measure, else None.
+
+    blocks: of sample_blocks(); model: "skipgram" or "cbow". The changes of a word that occurs repeatedly add up."""
     centres, around, negatives, window = blocks
     if model == "skipgram":
         rows_v, rows_u, gradients = centres, around, skip_gram
@@ -216,9 +232,9 @@ def sgd_step(v, u, blocks, k, rate, model, measure=False):
         rows_v, rows_u, gradients = around, centres, cbow
     rows_u = torch.cat([rows_u, negatives], dim=1)
     d_x, d_y, total = gradients(F.embedding(rows_v, v), F.embedding(rows_u, u), window, k, measure)
-    for table, rows, d in ((v, rows_v, d_x), (u, rows_u, d_y)):
-        index = rows.reshape(-1, 1).long().expand(-1, table.shape[1])
-        table.scatter_add_(0, index, d.flatten(0, 1).mul_(rate))  # (9)
+    for vectors, rows, d in ((v, rows_v, d_x), (u, rows_u, d_y)):
+        index = rows.reshape(-1, 1).long().expand(-1, vectors.shape[1])
+        vectors.scatter_add_(0, index, d.flatten(0, 1).mul_(rate))  # (9)
     return total
 
 
@@ -260,7 +276,8 @@ def train(
 ):
     """Trains on a text file, or on "docstrings", and returns Vectors. Seeds torch's global generator.
 
-    path: the checkpoint, resumed unless fresh; asked: words that must have a vector, or it refuses before training.
+    dim, window, negative, sample: d, R, k and t. An iteration is a part of the text, some 16 steps.
+    path: the checkpoint, resumed unless fresh; asked: words that must have a vector, checked before training.
     ValueError if the text has too few words or the checkpoint other settings, FloatingPointError if l is not finite."""
     if model not in ("skipgram", "cbow"):
         raise ValueError(f"model must be skipgram or cbow, not {model}")
@@ -276,7 +293,7 @@ def train(
     torch.manual_seed(seed)
     vectors = Vectors(words, dim).to(device)
     neighbours = Vectors(words, dim).to(device)
-    vectors.unit(asked)
+    vectors.unit(asked)  # refuses unknown words
     neighbours.table.zero_()
     counts = torch.tensor(counts, dtype=torch.float32)
     keep = keep_probability(counts, sample).to(device)
@@ -290,13 +307,13 @@ def train(
         part = ids[i % parts * size :][:size]
         blocks = sample_blocks(part, keep, table, window)
         order = torch.randperm(len(blocks[0]), device=device)
-        here = blocks[0].flatten().bincount()
+        here = blocks[0].flatten().bincount()  # how often each word occurs in this part
         most = min(batch, 16 * here.sum() / here.max(), 6 * len(counts))  # words in a step
-        n = max(1, int(most) // BLOCK)
+        n = max(1, int(most) // BLOCK)  # blocks in a step
         steps = list(zip(*(tensor[order].split(n) for tensor in blocks)))
         for step in steps:
             total = sgd_step(vectors.table, neighbours.table, step, negative, rate, model, measure=step is steps[-1])
-        in_window = step[3]
+        in_window = step[3]  # the loss is that of the last step
         pairs = in_window.sum() if model == "skipgram" else in_window.amax(2).sum()
         losses.append(-total / pairs.clamp(min=1))
     return vectors
@@ -304,7 +321,7 @@ def train(
 
 # ------------------------------------------------------------------------------------------------- queries ------------
 def closest(vectors, target, n, without):
-    """The n words whose vectors have the largest cosine with target, (d,), except some -> [(word, cosine)]."""
+    """The n words whose vectors have the largest cosine with target, (d,) -> [(word, cosine)]. without: words to skip."""
     cosines = F.normalize(vectors.table, dim=1) @ F.normalize(target, dim=0)
     cosines[[vectors.number[word] for word in without]] = -2
     best = cosines.topk(min(n, len(vectors.words) - len(set(without))))
@@ -312,7 +329,7 @@ def closest(vectors, target, n, without):
 
 
 def nearest(vectors, word, n=8):
-    """The n nearest neighbours of a word -> [(word, cosine)]. ValueError for a word without a vector."""
+    """The n nearest words to a word -> [(word, cosine)]. ValueError for a word without a vector."""
     return closest(vectors, vectors.unit([word])[0], n, [word])  # (10)
 
 
