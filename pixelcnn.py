@@ -15,11 +15,11 @@ den Oord et al., "Conditional Image Generation with PixelCNN Decoders", 2016, ar
 
 symbol    in the code            meaning
 x         x                      images of levels 0 .. K-1, integers, (N, C, H, W); D = C H W
-x_d       x[:, c, i, j]          the numbers, d = 1 .. D: row by row, pixel by pixel, R, G, B
+x_d       x[:, c, i, j]          number d = 1 .. D of an image, in the order row, column, colour
 x_<d      -                      all numbers before x_d
 K         levels                 number of values: 2 (bits) .. 256 (bytes)
 l_d       logits[:, :, c, i, j]  K logits for x_d; logits = model(x) is (N, K, C, H, W)
-v         v                      output of the vertical stack, (N, F, H, W)
+v         v                      output of the vertical stack, (N, F, H, W), F = --width
 u_d       u[:, c, i, j]          uniform on [0, 1): decides the sample of x_d
 
 The chain rule. A vector of D bits has 2^D values, too many for a table of p(x). But in any order of
@@ -31,22 +31,24 @@ Each factor is a classifier: its classes are the K values of x_d, its input is x
 
   (2)  p(x_d = k | x_<d) = exp(l_dk) / Σ_k' exp(l_dk'),  where l_d depends on x_<d alone
 
-Masks. For bits and linear l these are D logistic regressions (a fully visible sigmoid belief net):
-the log-odds are W x + b, with W strictly lower triangular. So a mask on W lets one network compute
-all D conditionals, and in training, where x is known, one pass is enough. With several layers,
+Masks. If K = 2 and l is linear in x, these are D logistic regressions (a fully visible sigmoid
+belief net). Their log-odds are A x + b, with a strictly lower triangular matrix A. So a mask on A
+lets one network compute all D factors, and in training, where x is known, in one pass. With several
+layers,
 
   (3)  the first layer uses only what comes before x_d (mask A), later layers also their input at d
        (mask B),
 
 because lower triangular times strictly lower triangular is strictly lower triangular. A convolution
-is such a W if its kernel keeps only the rows above and, in its own row, the pixels to the left. At
-the pixel itself input and output channels are divided among the colours, as equally as possible:
+is such a matrix if its kernel keeps only the rows above and, in its own row, the pixels to the
+left. At the pixel itself, input and output channels are divided among the colours, as equally as
+possible:
 
   (4)  colour c sees the colours c' < c (mask A: R sees none, G sees R, B sees R and G) or c' ≤ c
        (mask B)                                                                                 [2]
 
-Two stacks. Such masks leave a blind spot. A 3x3 kernel sees one column to the right of x in the row
-above, two layers see two columns two rows up, and so on:
+Two stacks. Layers of such kernels leave a blind spot. A 3x3 kernel sees one column to the right of
+x in the row above, two layers see two columns to the right two rows up, and so on:
 
        # # # # # # #       x: the pixel to predict
        # # # # # # o       #: seen, if there are enough layers
@@ -54,8 +56,8 @@ above, two layers see two columns two rows up, and so on:
        # # # x - - -       -: not yet sampled
 
 The vertical stack sees the rows above. Its input is shifted down by one row, so its kernels need no
-mask. The horizontal stack is masked: it sees its own row up to x, and v. Together they have no
-blind spot; how far they see depends on their layers (here 8 rows up and 13 columns to the right).
+mask. The horizontal stack is masked. It sees v, and in its own row what comes before x. Together
+they have no blind spot. The layers limit how far they see: by default 8 rows up, 13 columns right.
 
   (5)  v = vertical(rows above),  l = horizontal(row so far, v)
 
@@ -65,21 +67,23 @@ blind spot; how far they see depends on their layers (here 8 rows up and 13 colu
 
   (8)  bits/dim = -log p(x) / (D ln 2)
 
-Sampling asks for one number after another. The level is the first whose cumulative probability
-exceeds u_d, so it is the number of levels whose cumulative probability does not:
+Sampling generates one number after another. The level is the first whose cumulative probability
+exceeds u_d, so it is the number of levels whose cumulative probability does not. That of the last
+level is 1, and needs no comparison:
 
   (9)  x_d = #{k < K - 1 : p(x_d ≤ k | x_<d) ≤ u_d}
 
-This takes D passes. But a new number requires only one column of the horizontal stack, and a new
-row only one row of the vertical stack. All of them together cost one pass (C horizontal passes for
-C colours), if each layer caches the inputs that its kernel will need again.
+With whole passes, this takes D of them. But a new number requires only one column of one row in the
+horizontal stack, and a new row only one row of the vertical stack. Together they cost one pass (C
+horizontal passes for C colours), if each layer caches the inputs that its kernel will need again.
 
 Pitfalls:
 - Mask A is for the first layer only. Break it: write "B" for "A" in `self.left`, and
   test_pixelcnn_eq3_eq4_eq5_sees_what_is_before fails. 1x1 convolutions need (4), too.
 - Nats are per image, bits/dim per number. Dynamically binarised MNIST (bits sampled at each use, as
   here in training) and statically binarised MNIST are different data sets; do not compare figures.
-- Cached sums round differently from whole passes, by about 1e-6: a number differs if u_d is closer.
+- Sums with the cache round differently from whole passes, by about 1e-6. A sample may differ if u_d
+  is as close as that to a cumulative probability.
 
 Differences from the papers: v enters the horizontal stack once, at its first layer; residual blocks
 with ReLU, not gates; a learned position embedding; Adam with a decaying rate; EMA.
@@ -111,7 +115,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # ------------------------------------------------------------------------------------------------- network ------------
 # Any model whose l_d depends on x_<d alone would do for the loss and for sample_plain(). The cache needs these stacks.
 def causal_mask(kind, c_out, c_in, k, colours):
-    """The mask of a 1 x k kernel whose last column is the pixel itself, (c_out, c_in, 1, k). kind: "A" or "B"."""
+    """The mask of a 1 x k kernel whose last column is the pixel itself, (c_out, c_in, 1, k). kind: "A" or "B".
+
+    Channels are in the order of their colours: all of R, then all of G, then all of B."""
     out_colour = torch.arange(c_out) * colours // c_out
     in_colour = torch.arange(c_in) * colours // c_in
     mask = torch.ones(c_out, c_in, 1, k)
@@ -123,7 +129,10 @@ def causal_mask(kind, c_out, c_in, k, colours):
 
 
 class Above(nn.Conv2d):
-    """A convolution over r rows, the last its own, and k columns centred on its own, k odd: (N, c, H, W) -> same."""
+    """A convolution whose r x k kernel ends at its own row and is centred on its own column, k odd.
+
+    forward() maps all rows, (N, c_in, H, W) -> (N, c_out, H, W). row() maps one row, and takes the r - 1 rows above it
+    from the cache, a dictionary {layer: rows}."""
 
     def __init__(self, c_in, c_out, r, k):
         super().__init__(c_in, c_out, (r, k), padding=(0, k // 2))
@@ -132,18 +141,21 @@ class Above(nn.Conv2d):
         return super().forward(F.pad(h, (0, 0, self.kernel_size[0] - 1, 0)))  # (5)
 
     def start(self, u):
-        """The cache before the first row of images like u: the rows above, zeros."""
+        """What the cache holds before the first row of images like u, (N, C, H, W): r - 1 rows of zeros."""
         return u.new_zeros(len(u), self.in_channels, self.kernel_size[0] - 1, u.shape[3])
 
     def row(self, h, cache):
-        """The same for one row h (N, c, 1, W), after the rows that are cached."""
-        h = torch.cat([cache[self], h], dim=2)
-        cache[self] = h[:, :, 1:]
+        """The next row: h (N, c_in, 1, W) -> (N, c_out, 1, W)."""
+        h = torch.cat([cache[self], h], dim=2)  # (N, c_in, r, W)
+        cache[self] = h[:, :, 1:]  # the next row will not need the oldest
         return super().forward(h)  # (5)
 
 
 class Left(nn.Conv2d):
-    """A masked convolution over its own pixel and those to the left, k together: (N, c, H, W) -> the same."""
+    """A masked convolution whose 1 x k kernel ends at its own pixel.
+
+    forward() maps all pixels, (N, c_in, H, W) -> (N, c_out, H, W). column() maps one pixel, and takes the k - 1 pixels
+    to its left from the cache, a dictionary {layer: (masked weights, columns of the current row)}."""
 
     def __init__(self, kind, c_in, c_out, k, colours):
         super().__init__(c_in, c_out, (1, k))
@@ -154,18 +166,20 @@ class Left(nn.Conv2d):
         return F.conv2d(h, self.weight * self.mask, self.bias)  # (5)
 
     def start(self, u):
-        """The cache before the first column of images like u: the masked weights as a matrix, and columns of zeros."""
-        matrix = (self.weight * self.mask)[:, :, 0].transpose(1, 2).flatten(1)  # (c_out, k c)
+        """What the cache holds at first for images like u, (N, C, H, W): the masked weights as a matrix, and zeros.
+
+        Column j is to be written at j + k - 1. The k - 1 columns on the left stay zero: they are the padding."""
+        matrix = (self.weight * self.mask)[:, :, 0].transpose(1, 2).flatten(1)  # (c_out, k c_in)
         columns = u.new_zeros(len(u), u.shape[3] + self.kernel_size[1] - 1, self.in_channels)
         return matrix, columns
 
     def column(self, h, j, cache):
-        """The same for column j of one row, h (N, c), after the columns that are cached."""
+        """Column j of one row: h (N, c_in) -> (N, c_out). Columns beyond j are of the row above, and not read."""
         matrix, columns = cache[self]
         k = self.kernel_size[1]
         if k > 1:
-            columns[:, j + k - 1] = h
-            h = columns[:, j : j + k].flatten(1)
+            columns[:, j + k - 1] = h  # a second call for j, with more colours known, replaces the first
+            h = columns[:, j : j + k].flatten(1)  # columns j - k + 1 .. j, (N, k c_in)
         return F.linear(h, matrix, self.bias)  # (5)
 
 
@@ -202,7 +216,7 @@ class PixelCNN(nn.Module):
         return self.across(F.relu(h))
 
     def vertical_row(self, x, i, cache):
-        """The same for row i alone: x (N, C, 1, W) -> v (N, F, 1, W)."""
+        """The same for row i alone. x: row i of the shifted images, (N, C, 1, W) -> v (N, F, 1, W)."""
         h = self.above.row(x, cache) + self.position[:, i : i + 1]
         for first, last in self.down:
             h = h + last(F.relu(first.row(F.relu(h), cache)))
@@ -218,7 +232,7 @@ class PixelCNN(nn.Module):
         return logits.unflatten(1, (-1, self.levels)).transpose(1, 2)
 
     def horizontal_column(self, x, v, j, cache):
-        """The same for column j of one row: x (N, C), v (N, F) -> logits (N, K, C)."""
+        """The same for the pixel in column j of one row: x (N, C), v (N, F) -> logits (N, K, C)."""
         h = self.left.column(x, j, cache) + v
         for first, last in self.right:
             h = h + last.column(F.relu(first.column(F.relu(h), j, cache)), j, cache)
@@ -275,7 +289,7 @@ def train(
 ):
     """Trains on uint8 images (N, C, H, H) and returns the EMA model. Seeds torch's global generator.
 
-    A sixth of the images is for validation: about ten times the log has the EMA model's nats on 500 of them.
+    A sixth of the images is for validation: some ten times, the EMA model's nats on 500 of them enter the log.
     path: the checkpoint, resumed unless fresh; data: the name of the data, stored in it.
     ValueError if the checkpoint has other settings, FloatingPointError if the loss is not finite."""
     settings = dict(method="pixelcnn", data=data, levels=levels, width=width, layers=layers)
@@ -295,7 +309,7 @@ def train(
     def validate(log):
         last_row = math.ceil(iters / 100) - 1
         if len(log) % max(1, iters // 1000) and len(log) != last_row:
-            return log[-1][-1]  # the value before stands until the next
+            return log[-1][-1]  # the last value is repeated until the next
         return image_nats(ema, validation[:500]).mean().item()
 
     parts = dict(model=model, ema=ema, opt=opt)
@@ -336,24 +350,24 @@ def sample_cached(model, u, x=None, first=0):
     """The same as sample_plain(), with one row of the vertical stack for each row and one column of the horizontal
     stack for each number."""
     x = torch.zeros_like(u, dtype=torch.long) if x is None else x.clone()
-    seen = from_levels(x, model.levels)
+    seen = from_levels(x, model.levels)  # the input of the network; masks hide what is not sampled yet
     cache = {layer: layer.start(u) for layer in model.modules() if isinstance(layer, (Above, Left))}
     for i in range(u.shape[2]):
         above = seen[:, :, i - 1 : i] if i else torch.zeros_like(seen[:, :, :1])  # (N, C, 1, W)
         v = model.vertical_row(above, i, cache)  # (N, F, 1, W)
         if i < first:
-            continue
+            continue  # a kept row: only the rows below need it, through the vertical stack
         for j in range(u.shape[3]):
-            for c in range(u.shape[1]):  # mask A hides the colours that are not sampled yet
+            for c in range(u.shape[1]):
                 logits = model.horizontal_column(seen[:, :, i, j], v[:, :, 0, j], j, cache)[:, :, c]  # (N, K)
                 x[:, c, i, j] = draw(logits, u[:, c, i, j])
                 seen[:, c, i, j] = from_levels(x[:, c, i, j], model.levels)
-            model.left.column(seen[:, :, i, j], j, cache)  # only the first layer's input has changed since
+            model.left.column(seen[:, :, i, j], j, cache)  # caches the last colour, which later layers do not see here
     return x
 
 
 def sample(model, n, seed=0, chunk=64, sampler=sample_cached):
-    """n images, (n, C, H, W), in -1 .. 1, on the CPU. They do not depend on chunk."""
+    """n images, (n, C, H, W), in -1 .. 1, on the CPU. They are sampled in chunks, and do not depend on their size."""
     device = next(model.parameters()).device
     u = torch.rand(n, *model.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     images = []
@@ -378,9 +392,10 @@ def to_bits(nats, dims):
 
 
 def sensitivity(model, x, i, j):
-    """|∂(l_K-1 - l_0) / ∂x|, the log-odds of white against black at row i, column j, for each pixel -> (H, W).
+    """How much the prediction at row i, column j depends on each pixel -> (H, W).
 
-    x: levels (N, C, H, W). The mean over images, and the sum over colours."""
+    It is |∂(l_K-1 - l_0) / ∂x|, the gradient of the log-odds of white against black; x: levels (N, C, H, W).
+    The log-odds are summed over colours, the absolute values too, and averaged over images."""
     x = x if x.is_floating_point() else x.float()
     x = x.clone().requires_grad_()
     logits = model(x)[:, :, :, i, j]  # (N, K, C)

@@ -88,8 +88,8 @@ Pitfalls:
 - log p(x) is negative; some papers print -log p(x). MNIST binarised only once is another data set.
 
 Differences from the paper:
-- The networks are deeper, with SiLU instead of tanh, and convolutions in the decoder.
-- Adam instead of Adagrad, with warm-up and linear decay. No prior on the weights, but an EMA.
+- Deeper networks with SiLU, not tanh, and a convolutional decoder; Adam, not Adagrad, with warm-up
+  and linear decay; no prior on the weights, but an EMA. --beta weights the KL in (7) (β-VAE, 2017).
 
 python vae.py --data mnist --nll 500        trains in 126 s on two cores; (9) takes 309 s
 python vae.py --latent 2 --out out/plane    trains with two latents, and draws manifold.png
@@ -147,10 +147,10 @@ def elbo(model, x, eps):
     return reconstruction - kl, reconstruction, kl  # (3)
 
 
-def loss_elbo(model, x, eps):
+def loss_elbo(model, x, eps, beta=1.0):
     """The training loss in nats per image, and the means of the reconstruction and KL terms: three scalars."""
-    bound, reconstruction, kl = elbo(model, x, eps)
-    return -bound.mean(), reconstruction.mean(), kl.mean()  # (7)
+    _, reconstruction, kl = elbo(model, x, eps)
+    return (beta * kl - reconstruction).mean(), reconstruction.mean(), kl.mean()  # (7)
 
 
 # ------------------------------------------------------------------------------------------------- network ------------
@@ -208,6 +208,7 @@ def train(
     lr=3e-3,
     width=512,
     latent=50,
+    beta=1.0,
     device="cpu",
     seed=0,
     path=None,
@@ -218,8 +219,8 @@ def train(
 
     path: the checkpoint, resumed unless fresh; data: the name of the data, stored in it.
     ValueError if the checkpoint has other settings, FloatingPointError if the loss is not finite."""
-    settings = dict(method="vae", data=data, width=width, latent=latent, iters=iters, batch=batch, lr=lr, seed=seed)
-    settings |= image_settings(images)
+    settings = dict(method="vae", data=data, width=width, latent=latent, beta=beta)
+    settings |= dict(iters=iters, batch=batch, lr=lr, seed=seed) | image_settings(images)
     torch.manual_seed(seed)
     model = VAE(settings["channels"], settings["size"], width, latent).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -232,7 +233,7 @@ def train(
         opt.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1 - i / iters)  # warm-up, then linear decay
         x = binarise(images[torch.randint(len(images), (batch,), device=device)])
         eps = torch.randn(batch, latent, device=device)
-        loss, reconstruction, kl = loss_elbo(model, x, eps)
+        loss, reconstruction, kl = loss_elbo(model, x, eps, beta)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -353,6 +354,7 @@ def main(argv=None):
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--width", type=positive, default=512, help="units in a hidden layer")
     add("--latent", type=positive, default=50, help="dimensions of z; 2 draws manifold.png")
+    add("--beta", type=float, default=1.0, help="weight of the KL in the loss; the printed ELBO has it once")
     add("--samples", type=positive, default=64, help="number of images to sample")
     add("--nll", type=int, default=0, help="K, samples of z per test image for the bound on log p(x); 0 for none")
     add("--out", type=Path, default=Path("out/vae"), help="run folder")
@@ -366,7 +368,7 @@ def main(argv=None):
     images = load_images(args.data, args.size, args.channels)
     test = load_images(args.data, args.size, args.channels, test=True)
     print(f"{len(images)} images of {args.size}x{args.size}x{args.channels} from {args.data}, on {args.device}")
-    settings = args.iters, args.batch, args.lr, args.width, args.latent, args.device, args.seed
+    settings = args.iters, args.batch, args.lr, args.width, args.latent, args.beta, args.device, args.seed
     model = train(images, *settings, args.out / "model.pt", args.fresh, args.data)
 
     save_samples(args.out, sample(model, args.samples, args.seed))

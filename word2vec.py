@@ -42,7 +42,7 @@ Because d log σ(x) / dx = σ(-x), the gradient is small once a pair is classifi
   (3)  ∂l/∂v_c = σ(-u_o · v_c) u_o - k 𝔼 σ(u_n · v_c) u_n
        ∂l/∂u_o = σ(-u_o · v_c) v_c,  ∂l/∂u_n = -σ(u_n · v_c) v_c for each of k negatives
 
-If p(o | c) is now the share of o among the neighbours of c in the text, the average of (1) for c has
+If p(o | c) is now the share of o among the neighbours of c in the text, the mean of (1) for c has
 the derivative p(o | c) σ(-s) - k P(o) σ(s) with respect to the score s = u_o · v_c. It is zero at
 s = log(p(o | c) / P(o)) - log k: pointwise mutual information, but for the 3/4, shifted by log k.
 
@@ -65,7 +65,7 @@ its gradients two. With X = v of the L words, and Y = u of the L + 2 R words and
        -(k / S) m_c σ(score) for negatives of a centre c that has m_c pairs, and 0 elsewhere
 
 Centre i is number i + R of the L + 2 R words. Its window is in columns i .. i + 2 R of row i, so
-the windows form a diagonal band. Each negative counts k / S for every pair, so the expected gradients
+the windows form a diagonal band. Each negative counts k / S for every pair: the expected gradients
 are those of (3). In CBOW, X = v of the L + 2 R words, Y = u of the L words and the negatives, and M
 averages: M_cj is 1 / (number of words in the window of c) if j is in it, else 0:
 
@@ -83,10 +83,10 @@ Pitfalls:
 - v and u are two tables. Break it: in pair_step, write v[o] for u[o] in the line of d_c, and
   test_word2vec_eq3_pair fails.
 - Counts are taken before subsampling, windows after it. A negative may equal o, as in (1).
-- Gradients of a step add up: with a larger --batch, or a small vocabulary, lower --lr. A step has at
-  most 6 words per word of the vocabulary, and so few that none is expected more than 16 times.
+- Gradients of a step add up: with a larger --batch, or a small vocabulary, lower --lr. A step has
+  at most 6 words per word of the vocabulary, and so few that none is expected more than 16 times.
 - A word is a run of letters in lower case, or a Chinese character. No window crosses a blank line,
-  nor the end of a part of the text (16 steps). The blocks of a part are shuffled.
+  nor the end of a part of the text (16 x --batch words). The blocks of a part are shuffled.
 
 Differences from the papers: shared negatives (7); t / f in (5), as in the authors' program; no
 phrases, no hierarchical softmax. (8) divides the CBOW gradient by the window size; theirs does not.
@@ -119,14 +119,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 BLOCK = 32  # L
 NEGATIVES = 40  # S
-AT_ONCE = 16  # steps whose text is read, and whose windows and negatives are sampled, at once
+AT_ONCE = 16  # batches of text that are read, and whose windows and negatives are sampled, at once
 
 
 # -------------------------------------------------------------------------------------------------- method ------------
 def pair_step(v, u, c, o, negatives, rate):
     """Moves v and u, in place, by the gradients of one pair (c, o). negatives: (k,) word ids sampled from P.
 
-    The plainest form, for reading: training does the same for whole blocks, in sgd_step()."""
+    The plainest form, for reading: training does the same for blocks of words, in sgd_step()."""
     g = torch.sigmoid(-u[o] @ v[c])
     g_n = torch.sigmoid(u[negatives] @ v[c])
     d_c = g * u[o] - g_n @ u[negatives]  # (3)
@@ -276,7 +276,7 @@ def train(
 ):
     """Trains on a text file, or on "docstrings", and returns Vectors. Seeds torch's global generator.
 
-    dim, window, negative, sample: d, R, k and t. An iteration is a part of the text, some 16 steps.
+    dim, window, negative, sample: d, R, k and t. An iteration is a part of the text, many steps.
     path: the checkpoint, resumed unless fresh; asked: words that must have a vector, checked before training.
     ValueError if the text has too few words or the checkpoint other settings, FloatingPointError if l is not finite."""
     if model not in ("skipgram", "cbow"):
@@ -321,7 +321,7 @@ def train(
 
 # ------------------------------------------------------------------------------------------------- queries ------------
 def closest(vectors, target, n, without):
-    """The n words whose vectors have the largest cosine with target, (d,) -> [(word, cosine)]. without: words to skip."""
+    """The n words whose vectors have the largest cosine with target, (d,) -> [(word, cosine)]. without: not these."""
     cosines = F.normalize(vectors.table, dim=1) @ F.normalize(target, dim=0)
     cosines[[vectors.number[word] for word in without]] = -2
     best = cosines.topk(min(n, len(vectors.words) - len(set(without))))
