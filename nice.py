@@ -333,14 +333,14 @@ def quantise(x):
 
 
 @torch.inference_mode()
-def sample(model, n, seed=0, chunk=1000):
-    """n images, (n, C, H, W), on the CPU: 256 levels from -1 to 1, one for each byte."""
+def sample(model, n, temperature=1.0, seed=0, chunk=1000):
+    """n images, (n, C, H, W), on the CPU: 256 levels from -1 to 1, one for each byte. temperature multiplies h."""
     device = model.s.device
     generator = torch.Generator(device).manual_seed(seed)
     u = torch.rand(n, len(model.s), generator=generator, device=device)
     images = []
     for part in u.split(chunk):
-        x = model.inverse(logistic(part))  # (9)
+        x = model.inverse(temperature * logistic(part))  # (9)
         images.append(quantise(x).cpu())
     return torch.cat(images).unflatten(1, model.shape).float() / 127.5 - 1
 
@@ -394,6 +394,24 @@ def draw_inpainting(path, model, images, steps, seed):
     save_grid(path, quantise(triples.flatten(0, 1)).float() / 127.5 - 1, columns=3 * len(images))
 
 
+def draw_spectrum(path, model):
+    """Saves a plot of exp(-s), sorted. The vertical axis is logarithmic, with a line at each power of ten."""
+    log_scale = (-model.s.cpu() / math.log(10)).sort(descending=True).values.tolist()
+    low, high = math.floor(log_scale[-1]), math.ceil(log_scale[0])
+    image = Image.new("RGB", (720, 360), "white")
+    draw = ImageDraw.Draw(image)
+
+    def height(power):
+        return 340 - 320 * (power - low) / max(high - low, 1)
+
+    for power in range(low, high + 1):
+        draw.line((70, height(power), 700, height(power)), "#dddddd")
+        draw.text((60, height(power)), f"1e{power}", "black", ImageFont.load_default(14), "rm")
+    points = [(70 + 630 * i / len(log_scale), height(power)) for i, power in enumerate(log_scale)]
+    draw.line(points, "#2471a3", 3)
+    image.save(path)
+
+
 def summary(nats, dims):
     """The mean of nats (N,) with its standard error, in nats and in bits/dim, as text."""
     mean = nats.mean().item()
@@ -421,12 +439,15 @@ def main(argv=None):
     add("--layers", type=positive, default=3, help="hidden layers of a coupling; the paper has 5")
     add("--couplings", type=positive, default=4, help="number of couplings; below 3 some components do not interact")
     add("--samples", type=positive, default=64, help="number of images to sample")
+    add("--temperature", type=float, default=1.0, help="multiplies h; below 1, samples are safer and less varied")
     add("--inpaint", type=int, default=1000, help="steps of in-painting; 0 for none")
     add("--out", type=Path, default=Path("out/nice"), help="run folder")
     add("--device", type=pick_device, default=pick_device(), help="where to compute")
     add("--seed", type=int, default=0, help="seed; on a CPU the same seed gives the same bits")
     add("--fresh", action="store_true", help="train from scratch over the checkpoint in --out")
     args = parse_args(parser, argv)
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: must be 0 or more, and finite")
     if args.inpaint < 0:
         raise ValueError(f"--inpaint {args.inpaint}: must be 0 or more")
 
@@ -436,16 +457,15 @@ def main(argv=None):
     settings = args.iters, args.batch, args.lr, args.width, args.layers, args.couplings, args.device, args.seed
     model = train(images, *settings, args.out / "model.pt", args.fresh, args.data)
 
-    save_samples(args.out, sample(model, args.samples, args.seed))
+    save_samples(args.out, sample(model, args.samples, args.temperature, args.seed))
+    draw_spectrum(args.out / "spectrum.png", model)
     if args.inpaint:
         draw_inpainting(args.out / "inpainting.png", model, test[:4], args.inpaint, args.seed)
-    scales = (-model.s).exp()
-    print(f"exp(-s) of the components: {scales.min():.5f} to {scales.max():.3f}, median {scales.median():.4f}")
     training, validation = hold_out(images)
     for name, part in ("train", training[:10_000]), ("validation", validation), ("test", test):
         print(f"{name}: {summary(measure(model, part), len(model.s))}")
     print(
-        f"{args.samples} samples: {args.out}/samples.png, samples.npy"
+        f"{args.samples} samples: {args.out}/samples.png, samples.npy, spectrum.png (exp(-s))"
         f"{', inpainting.png (image, known pixels, result)' if args.inpaint else ''}"
     )
 

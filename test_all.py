@@ -2936,7 +2936,7 @@ def test_nice_command():
         model = nice.load("run/model.pt")
         test = nice.load_images("pics", 8, test=True)
         training, validation = nice.hold_out(nice.load_images("pics", 8))
-        samples = nice.to_uint8(nice.sample(model, 2, 4))[:, 0]
+        samples = nice.to_uint8(nice.sample(model, 2, seed=4))[:, 0]
         assert np.array_equal(np.load("run/samples.npy"), samples)
         pictures = tiles("run/inpainting.png").reshape(10, 4, 3, 8, 8)
 
