@@ -14,7 +14,7 @@ Numbers in brackets at the right, such as [12], are the paper's equations.
 symbol        in the code      meaning
 x_0           x_0              images, (N, C, H, W), scaled to -1 .. 1: byte k is 2 k / 255 - 1
 x_t           x_t              the images after t noising steps; x_T is almost N(0, I)
-t             t                time step, 0 .. T-1 in the code for the paper's 1 .. T; -1 is x_0
+t             t                time step, 1 .. T = 1000; in the code 0 .. T-1, and -1 for x_0
 β_t           s.beta[t]        variance of the noise of step t, 0.0001 to 0.02; α_t = 1 - β_t
 ᾱ_t           s.alpha_bar[t]   product of α up to t, from 0.9999 down to 0.00004; 1 for x_0
 β̃_t           s.beta_tilde[t]  variance of the posterior (3); the first is 0
@@ -22,10 +22,12 @@ t             t                time step, 0 .. T-1 in the code for the paper's 1
 ε_θ(x_t, t)   model(x_t, t)    the network's estimate of ε, (N, C, H, W)
 σ_t²          variances()[t]   variance of the noise added in a reverse step: β_t or β̃_t
 
-The forward process takes T fixed steps. A sum of independent Gaussians is Gaussian, so t steps
-collapse into one:
+The forward process adds noise in T fixed steps:
 
   (1)  q(x_t | x_{t-1}) = N(√(1 - β_t) x_{t-1}, β_t I)                                          [2]
+
+A sum of independent Gaussians is Gaussian, and if x_{t-1} has noise of variance 1 - ᾱ_{t-1}, x_t
+has α_t (1 - ᾱ_{t-1}) + β_t = 1 - ᾱ_t. So t steps collapse into one:
 
   (2)  x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε,  ε ~ N(0, I)                                              [4]
 
@@ -36,10 +38,10 @@ proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0). Completing the square in x_{t
        μ̃_t = (√ᾱ_{t-1} β_t x_0 + √α_t (1 - ᾱ_{t-1}) x_t) / (1 - ᾱ_t),
        β̃_t = β_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)                                                  [6, 7]
 
-The model, p(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t² I), does not know x_0. By Jensen's inequality,
--log p(x_0) ≤ 𝔼_q[-log(p(x_0 ... x_T) / q(x_1 ... x_T | x_0))]. For t > 1 Bayes' rule replaces
-q(x_t | x_{t-1}) by q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0). In the product over t the
-last two factors cancel, except for q(x_T | x_0), and three kinds of terms remain:
+The model, p(x_T) = N(0, I) and p(x_{t-1} | x_t) = N(μ_θ(x_t, t), σ_t² I), does not know x_0. By
+Jensen's inequality, -log p(x_0) ≤ 𝔼_q[-log(p(x_0 ... x_T) / q(x_1 ... x_T | x_0))]. For t > 1, by
+Bayes' rule, q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0). In the
+product over t the last two factors cancel, except for q(x_T | x_0). Three kinds of terms remain:
 
   (4)  -log p(x_0) ≤ L_T + Σ_{t>1} L_{t-1} + L_0                                                [5]
        L_T     = KL(q(x_T | x_0) ‖ N(0, I))
@@ -48,18 +50,18 @@ last two factors cancel, except for q(x_T | x_0), and three kinds of terms remai
 
   (5)  KL(N(m, v I) ‖ N(m', v' I)) = ½ Σ_pixels (v / v' - 1 + log(v' / v) + (m - m')² / v')
 
-To make the KLs small, μ_θ must match μ̃_t. Take μ̃_t's formula, with an estimate of x_0 in place of
-x_0. By (2), to estimate x_0 is to estimate ε:
+To make the KLs small, μ_θ must match μ̃_t. So μ_θ has the formula of μ̃_t, with an estimate of x_0
+in place of x_0. Since x_t is known, (2) turns an estimate of ε into one of x_0:
 
   (6)  x_0 ≈ (x_t - √(1 - ᾱ_t) ε_θ(x_t, t)) / √ᾱ_t,  μ_θ(x_t, t) = μ̃_t(x_t, this x_0)
 
-Inserted in (3), this is Algorithm 2's μ_θ = (x_t - β_t / √(1 - ᾱ_t) ε_θ) / √α_t [11]. With ε for
+Inserted in (3), this is Algorithm 2's μ_θ = (x_t - β_t ε_θ / √(1 - ᾱ_t)) / √α_t [11]. With ε for
 ε_θ it is μ̃_t, so μ̃_t - μ_θ = β_t (ε_θ - ε) / √(α_t (1 - ᾱ_t)), and (5) becomes
 
        L_{t-1} = w_t 𝔼 ‖ε - ε_θ‖² + constant,  w_t = β_t² / (2 σ_t² α_t (1 - ᾱ_t))             [12]
 
-For σ_t² = β_t, w_t is 0.27 at t = 2 and 0.005 at t = 350: the bound cares most about noise that
-nobody sees. Without w_t the images are better:
+For σ_t² = β_t, w_t is 0.27 at t = 2 and 0.005 at t = 350: the bound gives the largest weight to
+noise too weak to be seen. Without w_t the images are better:
 
   (7)  L = 𝔼 ‖ε - ε_θ(x_t, t)‖²,  t uniform on 1 .. T, x_t from (2)                            [14]
 
@@ -68,12 +70,12 @@ later step would remove it:
 
   (8)  x_{t-1} = μ_θ(x_t, t) + σ_t z,  z ~ N(0, I), but z = 0 for t = 1               [Algorithm 2]
 
-Pixels are bytes, so L_0 needs a probability, not a density: the last Gaussian, integrated over each
-byte's bin. With d = 1/255, half a bin, and σ_1² = β̃_2, as in the authors' code,
+Pixels are bytes, so L_0 needs a probability, not a density: the last Gaussian, integrated over the
+bin of each byte. With d = 1/255, half a bin, and σ_1² = β̃_2, as in the authors' code,
 
   (9)  log p(x_0 | x_1) = Σ_pixels log(Φ((x_0 + d - μ_θ) / σ_1) - Φ((x_0 - d - μ_θ) / σ_1))     [13]
 
-where the bins of the bytes 0 and 255 extend to infinity.
+where Φ is the standard normal CDF, and the bins of the bytes 0 and 255 extend to infinity.
 
 Pitfalls:
 - β_t is a variance, not a standard deviation, and (2) has ᾱ_t, not α_t.
@@ -82,12 +84,12 @@ Pitfalls:
 - The estimate of x_0 in (6) is clipped to -1 .. 1, as in the authors' code, unless clip=False.
 - The code's loss is (7) divided by C H W, a mean over pixels. Bits/dim are nats / (C H W ln 2).
 
-Differences from the paper:
+Differences from the paper, whose settings are in parentheses:
 - The network is small: 2x2 pixels are folded into channels; no attention, no dropout. The time
   embedding scales and shifts the features; theirs is added.
-- Small t are drawn more often, reweighted so that the expected loss is still (7).
+- Small t are sampled more often in training, reweighted so that the expected loss is still (7).
 - EMA decay 0.995, warmed up (0.9999); learning rate 5e-3, decaying to zero (2e-4, no decay);
-  batch 32 (128); Adam's β_2 is 0.99 (0.999); no flips, no gradient clipping.
+  batch 32 (128); Adam's second beta is 0.99 (0.999); no flips, no gradient clipping (it has both).
 
 python ddpm.py --data mnist --samples 2000    trains in 3 minutes on two cores; samples in 7 minutes
 python ddpm.py --variance small               samples the trained model with the other σ_t²
@@ -127,15 +129,15 @@ class Schedule(NamedTuple):
     noise: torch.Tensor  # √(1 - ᾱ)
 
     def to(self, device):
-        """The same in float32, on the device: what images in float32 need."""
+        """The same tables in float32, like the images, on the device."""
         return Schedule(*(table.float().to(device) for table in self))
 
 
 def make_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """The paper's linear schedule, in float64."""
     beta = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-    alpha_bar = torch.cumprod(1 - beta, 0)  # the product of t steps (1)
-    before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)  # that of the step before; 1 for x_0
+    alpha_bar = torch.cumprod(1 - beta, 0)  # each step (1) contributes a factor
+    before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)  # ᾱ_{t-1}; 1 for x_0
     beta_tilde = beta * (1 - before) / (1 - alpha_bar)  # (3)
     mean_x_0 = before.sqrt() * beta / (1 - alpha_bar)  # (3)
     mean_x_t = (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar)  # (3)
@@ -143,14 +145,14 @@ def make_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
 
 
 def q_sample(x_0, t, eps, s):
-    """x_t from x_0 in one step. t: an int or (N,) ints."""
+    """x_t from x_0 and the noise eps, (N, C, H, W) each, in one step. t: an int or (N,) ints; s: a Schedule."""
     signal = s.signal[t].view(-1, 1, 1, 1)
     noise = s.noise[t].view(-1, 1, 1, 1)
     return signal * x_0 + noise * eps  # (2)
 
 
 def loss_simple(model, x_0, t, eps, s):
-    """The mean squared error of each image -> (N,). t: (N,) ints."""
+    """The mean squared error of each image -> (N,). x_0, eps: (N, C, H, W); t: (N,) ints; s: a Schedule."""
     x_t = q_sample(x_0, t, eps, s)
     return (model(x_t, t) - eps).square().flatten(1).mean(1)  # (7)
 
@@ -290,7 +292,7 @@ def p_mean(model, x_t, t, s, clip=True):
 
 
 def variances(s, variance):
-    """σ², (T,): "large" is β, right for x_0 ~ N(0, I); "small" is β̃, right for a single x_0. Else ValueError."""
+    """σ², (T,): "large" is β, optimal for x_0 ~ N(0, I); "small" is β̃, optimal for a single x_0. Else ValueError."""
     tables = {"large": s.beta, "small": s.beta_tilde}
     if variance not in tables:
         raise ValueError(f"variance must be large or small, not {variance}")
@@ -317,9 +319,9 @@ def reverse(model, x_T, s, variance="large", clip=True, generator=None):
 
 
 def sample(model, n, variance="large", clip=True, seed=0, chunk=100, strip=()):
-    """n images, (n, C, H, W), roughly in -1 .. 1, on the CPU. They are drawn in chunks.
+    """n images, (n, C, H, W), roughly in -1 .. 1, on the CPU. They are sampled in chunks.
 
-    strip: a dict that receives, for each of its keys t, x_t of the first sixteen images."""
+    strip: a dict that receives, for each of its keys t, x_t of the first sixteen images, on the CPU."""
     device = next(model.parameters()).device
     s = make_schedule().to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -356,7 +358,9 @@ def log_decoder(x_0, mean, sigma):
 
 @torch.inference_mode()
 def bound(model, x_0, s, variance="large", clip=True, generator=None):
-    """L_0 ... L_T of each image in bits/dim, (N, T + 1). Expectations over x_t are estimated by one sample."""
+    """L_0 ... L_T of each image in bits/dim, (N, T + 1). One sample of x_t estimates each expectation.
+
+    The code's t is the paper's t - 1, so step t gives L_t."""
     sigma_squared = variances(s, variance)
     nats = []
     for t in progress(range(len(s.beta)), "bound, step"):
@@ -364,10 +368,10 @@ def bound(model, x_0, s, variance="large", clip=True, generator=None):
         x_t = q_sample(x_0, t, eps, s)
         mean = p_mean(model, x_t, t, s, clip)
         if t == 0:
-            nats.append(-log_decoder(x_0, mean, s.beta_tilde[1].sqrt()))  # (4)
+            nats.append(-log_decoder(x_0, mean, s.beta_tilde[1].sqrt()))  # L_0 (4)
         else:
-            nats.append(gauss_kl(q_mean(x_0, x_t, t, s), s.beta_tilde[t], mean, sigma_squared[t]))  # (4)
-    nats.append(gauss_kl(s.signal[-1] * x_0, 1 - s.alpha_bar[-1], 0.0, 1.0))  # (4)
+            nats.append(gauss_kl(q_mean(x_0, x_t, t, s), s.beta_tilde[t], mean, sigma_squared[t]))  # L_t (4)
+    nats.append(gauss_kl(s.signal[-1] * x_0, 1 - s.alpha_bar[-1], 0.0, 1.0))  # L_T (4)
     return torch.stack(nats, dim=1) / (x_0[0].numel() * math.log(2))
 
 
@@ -393,7 +397,7 @@ def print_bound(model, x_0, variance, seed):
 
 @torch.inference_mode()
 def draw_strips(out, model, strip):
-    """Saves images in the course of sampling, {t: x_t}: a film, eight rows of x_t, and of the estimates of x_0."""
+    """Saves a strip {t: x_t} of sample() as a film and as rows of images, and the estimates of x_0 as rows."""
     device = next(model.parameters()).device
     s = make_schedule().to(device)
     guesses = [x if t == -1 else guess(model, x.to(device), t, s).cpu() for t, x in strip.items()]
@@ -445,7 +449,7 @@ def main(argv=None):
     if args.bound:
         print_bound(model, test_images.to(args.device).float() / 127.5 - 1, args.variance, args.seed)
     print(f"{args.samples} samples: {args.out}/samples.png, samples.npy; samples.gif, strip.png (from noise to image)")
-    print(f"{args.out}/guesses.png (what the network takes for x_0 in the course of strip.png)")
+    print(f"{args.out}/guesses.png (the network's estimates of x_0 from the images of strip.png)")
 
 
 # ------------------------------------------------------------------------------------------------ plumbing ------------

@@ -458,9 +458,11 @@ def main(argv=None):
     model = train(images, *settings, args.out / "model.pt", args.fresh, args.data)
 
     save_samples(args.out, sample(model, args.samples, args.temperature, args.seed))
-    draw_spectrum(args.out / "spectrum.png", model)
     if args.inpaint:
         draw_inpainting(args.out / "inpainting.png", model, test[:4], args.inpaint, args.seed)
+    scales = (-model.s).exp()
+    print(f"exp(-s) of the components: {scales.min():.5f} to {scales.max():.3f}, median {scales.median():.4f}")
+    draw_spectrum(args.out / "spectrum.png", model)
     training, validation = hold_out(images)
     for name, part in ("train", training[:10_000]), ("validation", validation), ("test", test):
         print(f"{name}: {summary(measure(model, part), len(model.s))}")

@@ -6,21 +6,20 @@
 """Rectified flow: an ODE from noise to images, learned from straight lines, then made straight.
 
 Noise and images are connected by straight lines, and a network learns their velocity. Reflow trains
-it again on its own pairs of noise and image, until a single step suffices.
+the network again on its own pairs of noise and image, until a single step suffices.
 
 Paper: Liu, Gong, Liu, "Flow Straight and Fast: Learning to Generate and Transfer Data with
 Rectified Flow", ICLR 2023, arXiv:2209.03003. Numbers in brackets, such as [2], are its equations.
-Unlike in papers on diffusion, t = 0 is noise and t = 1 is data.
 
 symbol     in the code   meaning
-X_0, X_1   x_0, x_1      a coupling, that is, pairs of noise and image, (N, C, H, W) each: noise
-                         N(0, I), images scaled to -1 .. 1
-t          t             time, 0 .. 1, (N,) or one float
+X_0, X_1   x_0, x_1      pairs of noise, N(0, I), and image, in -1 .. 1; (N, C, H, W) each
+t          t             time, from 0 (noise) to 1 (data), unlike in diffusion; (N,) or one float
 X_t        x_t           the point at time t on the straight line from X_0 to X_1
 v(x, t)    model(x, t)   velocity, (N, C, H, W); an image has D = C H W components
 Z_t        z             the flow: the solution of the ODE (4) that starts from noise
-N          steps         number of Euler steps
-S          straightness  0 if all paths are straight, (N,)
+N          steps         number of Euler steps; in shapes the number of images
+S          straightness  0 if all paths are straight; the code returns that of each path, (N,)
+ε          eps           random signs ±1 for Hutchinson's estimate (10), (K, N, C, H, W)
 
 Training. Take X_0 and X_1, at first independent, connect them by a straight line, and train a
 network to predict the line's direction from a point on it:
@@ -32,64 +31,65 @@ The optimum of least squares is the conditional mean. Where lines cross, it aver
 
   (3)  v(x, t) = 𝔼[X_1 - X_0 | X_t = x]                                                        [2]
 
-The flow moves noise with it:
+The flow moves noise with this velocity:
+
   (4)  dZ_t = v(Z_t, t) dt,  Z_0 = X_0
 
 Z_t follows other paths than X_t, but has the same distribution at each t, so Z_1 is distributed
-like the images [Theorem 3.3]. Sketch of the proof: for any smooth h with compact support,
+like the images [Theorem 3.3]. Sketch of the proof: for any smooth f with compact support,
 
-       d/dt 𝔼 h(X_t) = 𝔼[∇h(X_t) · (X_1 - X_0)] = 𝔼[∇h(X_t) · v(X_t, t)]
+       d/dt 𝔼 f(X_t) = 𝔼[∇f(X_t) · (X_1 - X_0)] = 𝔼[∇f(X_t) · v(X_t, t)]
 
-by the chain rule, (1) and then (3). By (4) it holds for Z_t, too. Both start alike, so they stay
-alike if the solution is unique. Paths of an ODE cannot cross: crossing lines swap their ends.
+by the chain rule and (1), then (3). By (4) the same equation holds for Z_t. Both start with the
+same distribution, so they agree at every t, if the equation has only one solution. Paths of an ODE
+cannot cross: where two lines cross, the flow's paths exchange their ends.
 
 Sampling solves (4), with N Euler steps,
 
   (5)  z ← z + v(z, t) / N,  t = 0, 1/N, ..., (N - 1)/N
 
-or with the adaptive Runge-Kutta pair of Dormand and Prince (1980), which gave the paper's best FID:
+or the Runge-Kutta pair of Dormand and Prince (1980), constants a, b, c, e and adaptive step size h:
 
   (6)  k_i = v(z + h Σ_{j<i} a_ij k_j, t + c_i h),  i = 1 .. 7
        z ← z + h Σ_i b_i k_i,  error = h Σ_i e_i k_i  (the difference of orders 5 and 4)
        h ← h min(5, max(0.2, 0.9 r^(-1/5))),  r the RMS of error / (tol (1 + |z|))
 
-A step with r > 1 is repeated with the smaller h. |z| is the larger one of before and after it.
+A step with r > 1 is repeated with the smaller h. |z| is its larger value, before or after the step.
 
 Straightness. A path is straight if its velocity always equals its total displacement:
 
   (7)  S = ∫ 𝔼 ‖(Z_1 - Z_0) - v(Z_t, t)‖² dt                                                   [3]
 
-If S = 0, one Euler step is exact. The first flow is not straight. X_0 and X_1 are independent, so
-v(x, 0) = 𝔼[X_1] - x, and one step ends at x + v(x, 0) = 𝔼[X_1]: the mean of all images, a blur,
-whatever the noise.
+If S = 0, one Euler step is exact. The first flow is not straight: X_0 and X_1 are independent, so
+v(x, 0) = 𝔼[X_1] - x, and one step from any x ends at 𝔼[X_1], the mean of all images, a blur.
 
-Reflow trains on (2) again, with the flow's own coupling, noise and the image that it maps it to:
+Reflow trains on (2) again, on another coupling: noise, paired with the image the flow maps it to:
 
   (8)  (X_0, X_1) ← (Z_0, Z_1)
 
-Now X_1 is a function of X_0, so v(x, 0) = Z_1(x) - x, and one step from x ends at Z_1(x). The new
-lines hardly cross, because the flow's paths do not: the new flow is straighter, and 𝔼 c(Z_1 - Z_0)
-is at most 𝔼 c(X_1 - X_0) for every convex c [Theorem 3.5]. It inherits the first flow's errors.
+Now X_1 is a function of X_0, say Z_1(X_0), so v(x, 0) = Z_1(x) - x, and one step from x ends at
+Z_1(x). The new lines hardly cross, because the flow's paths do not: the new flow is straighter, and
+𝔼 c(Z_1 - Z_0) ≤ 𝔼 c(X_1 - X_0) for convex c [Theorem 3.5]. It inherits the first flow's errors.
 
 Likelihood. A small step multiplies volumes by det(I + h ∂v/∂z) ≈ 1 + h div v, where div v is the
-trace of ∂v/∂z: a normalizing flow of infinitely many layers. From x, the path is followed back:
+trace of ∂v/∂z, so log p(Z_t) falls by h div v: a normalizing flow of infinitely many layers. The
+path that ends at x is followed back to its noise:
 
   (9)  log p(x) = log N(Z_0; 0, I) - ∫ div v(Z_t, t) dt,  Z_1 = x
 
-  (10) div v = 𝔼[εᵀ (∂v/∂z) ε],  ε random signs, one product each (Hutchinson); the trace needs D
+  (10) div v = 𝔼[εᵀ (∂v/∂z) ε], as 𝔼[ε εᵀ] = I: one product with ∂v/∂z for each ε, not D of them
 
 Pitfalls:
-- Each image has its own t. Break it: delete the line `t = t.view(-1, 1, 1, 1)`, and t multiplies
-  columns of pixels: test_rectified_flow_eq1_each_image_has_its_own_time fails.
+- Each image has its own t. Break it: delete the line `t = t.view(-1, 1, 1, 1)`; if N = W, t then
+  multiplies columns of pixels, and test_rectified_flow_eq1_each_image_has_its_own_time fails.
 - Reflow needs the noise that made each image, not new noise.
 - The code's loss is (2) divided by C H W, a mean over pixels; S is a sum over pixels.
 
 Differences from the paper:
 - Noise to images only: no transfer from images to images. No distillation.
-- t is logit-normal (Esser et al. 2024, arXiv:2403.03206): more weight on the middle, where the
-  prediction is hardest. In reflow t = u², close to 0, where a single step evaluates v. Neither
-  changes (3).
-- tol is 1e-3 (theirs: 1e-5), t starts from 0 (0.001), images are dequantised, the network is small.
+- t is logit-normal (Esser et al. 2024, arXiv:2403.03206), mostly near 1/2, where prediction is
+  hardest; in reflow t = u², u uniform, closer to 0, where one step evaluates v. (3) still holds.
+- tol is 1e-3 (theirs: 1e-5), t starts at 0 (0.001), images are dequantised, the network is small.
 
 python rectified_flow.py --data mnist --samples 2000    trains in 3 minutes on two cores
 python rectified_flow.py --reflow 1 --steps 1           one-step samples; reflow takes 5 minutes
@@ -117,17 +117,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------- method: the loss ------------
 def stratified(n, device="cpu"):
-    """n uniform random numbers in 0 .. 1, one in each n-th of it."""
+    """n random numbers, uniform in 0 .. 1, one in each of its n equal parts -> (n,)."""
     return (torch.rand(1, device=device) + torch.arange(n, device=device) / n) % 1
 
 
 def dequantise(images, generator=None):
-    """uint8 images, with noise within their step of grey, in -1 .. 1."""
+    """uint8 images -> -1 .. 1. Uniform noise spreads each byte k over its step of grey, k/128 - 1 .. (k + 1)/128 - 1."""
     return (images + torch.rand(images.shape, generator=generator, device=images.device)) / 128 - 1
 
 
 def line_batches(images, n):
-    """Yields batches for the first flow, without end: x_0 and x_1, independent, (n, C, H, W), and t, (n,)."""
+    """Yields batches for the first flow, without end: x_0 and x_1, independent, (n, C, H, W) each, and t, (n,)."""
     while True:
         index = torch.randint(len(images), (n,), device=images.device)
         x_1 = dequantise(images[index])
@@ -137,14 +137,14 @@ def line_batches(images, n):
 
 
 def interpolate(x_0, x_1, t):
-    """X_t, (N, C, H, W), for t of shape (N,)."""
+    """X_t. x_0, x_1 and the result: (N, C, H, W); t: (N,)."""
     t = t.view(-1, 1, 1, 1)
     return t * x_1 + (1 - t) * x_0  # (1)
 
 
 def loss_flow(model, x_0, x_1, t):
-    """The mean squared error over all images and pixels, a scalar. t: (N,)."""
-    direction = x_1 - x_0  # the network learns its mean (3)
+    """The mean squared error over all images and pixels, a scalar. x_0, x_1: (N, C, H, W); t: (N,)."""
+    direction = x_1 - x_0  # the network learns its conditional mean (3)
     return F.mse_loss(model(interpolate(x_0, x_1, t), t), direction)  # (2)
 
 
@@ -234,8 +234,8 @@ def train(
 ):
     """Trains on uint8 images (N, C, H, H) and returns the EMA model. Seeds torch's global generator.
 
-    start: a flow of the same width. If given, this is a reflow: images may be None, and training continues
-    from start, on so many pairs of noise and the image that start maps it to in pair_steps Euler steps.
+    start: a flow of the same width. If given, this is a reflow: images may be None, and training continues from
+    start. pairs: how many pairs of noise and image start makes for it, in pair_steps Euler steps each.
     path: the checkpoint, resumed unless fresh; data: the name of the data, stored in it.
     ValueError if the checkpoint has other settings, FloatingPointError if the loss is not finite."""
     settings = dict(method="rectified_flow", data=data, width=width, iters=iters, batch=batch, lr=lr, seed=seed)
@@ -271,13 +271,13 @@ def train(
 
 # ------------------------------------------------------------------------------------- method: the solvers ------------
 def velocity(model, z, t):
-    """dz/dt at time t, a float."""
+    """dz/dt, like z, at time t, a float."""
     return model(z, z.new_full((len(z),), t))  # (4)
 
 
 @torch.inference_mode()
 def euler(model, z, steps=50):
-    """z at t = 1 from z at t = 0."""
+    """z at t = 1 from z at t = 0, (N, C, H, W) both. ValueError if steps < 1."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     for i in range(steps):
@@ -287,7 +287,7 @@ def euler(model, z, steps=50):
 
 @torch.inference_mode()
 def straightness(model, z_0, steps=50):
-    """S of each path from the noise z_0, (N,), at the times of Euler's steps."""
+    """S of the path from each z_0, (N,). The integral is a mean over the times of Euler's steps. z_0: (N, C, H, W)."""
     velocities = []
 
     def recorded(z, t):
@@ -298,7 +298,7 @@ def straightness(model, z_0, steps=50):
     return sum((z_1 - z_0 - v).square().flatten(1).sum(1) for v in velocities) / steps  # (7)
 
 
-DORMAND_PRINCE = (  # c_i, then a_ij. The last row is b as well, so that the last k is the first of the next step
+DORMAND_PRINCE = (  # c_i and all a_ij, i = 2 .. 7. The last a_ij are also b, so k_7 is the k_1 of the next step
     (1 / 5, (1 / 5,)),
     (3 / 10, (3 / 40, 9 / 40)),
     (4 / 5, (44 / 45, -56 / 15, 32 / 9)),
@@ -311,7 +311,9 @@ ERROR_WEIGHTS = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 52
 
 @torch.no_grad()
 def rk45(model, z, tol=1e-3):
-    """z at t = 1 from z at t = 0. One step size serves the whole batch. FloatingPointError if it underflows."""
+    """z at t = 1 from z at t = 0, (N, ...) both. One step size serves the whole batch.
+
+    FloatingPointError if it becomes too small, or if a value is not finite."""
     t = 0.0
     h = 0.05
     k = [velocity(model, z, t)]
@@ -348,7 +350,7 @@ def divergence(model, z, t, eps):
 def log_prob(model, x, eps, tol=1e-4):
     """log p(x) in nats, (N,), of x (N, C, H, W), and the noise that the flow maps to it. eps: as in divergence()."""
 
-    def backwards(state, s):
+    def backwards(state, s):  # d/ds of (the integral of div v, z), (N, 1 + D), at s = 1 - t
         z = state[:, 1:].view_as(x)
         v, div = divergence(model, z, 1 - s[0].item(), eps)
         return torch.cat([div[:, None], -v.flatten(1)], dim=1)  # (9)
@@ -361,7 +363,7 @@ def log_prob(model, x, eps, tol=1e-4):
 
 
 def image_bits(model, images, tol=1e-4, seed=0, chunk=100):
-    """Bits/dim, (N,), of uint8 images (N, C, H, W), each with one sample of noise within its step and one ε."""
+    """Bits/dim, (N,), of uint8 images (N, C, H, W), with one sample of the dequantisation noise and of ε each."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     bits = []
@@ -374,7 +376,7 @@ def image_bits(model, images, tol=1e-4, seed=0, chunk=100):
 
 
 def sample(model, n, steps=50, solver="euler", tol=1e-3, seed=0, chunk=100):
-    """n images, (n, C, H, W), roughly in -1 .. 1, on the CPU, by euler (steps) or rk45 (tol). Drawn in chunks."""
+    """n images, (n, C, H, W), roughly in -1 .. 1, on the CPU, by euler (steps) or rk45 (tol), chunk by chunk."""
     if solver not in ("euler", "rk45"):
         raise ValueError(f"solver must be euler or rk45, not {solver}")
     device = next(model.parameters()).device
@@ -401,7 +403,7 @@ def make_pairs(model, n, steps=25, seed=0, chunk=100):
 
 
 def reflow_batches(start, pairs, steps, seed, n):
-    """Yields batches for a reflow, without end: x_0, the x_1 that the flow start maps it to, and t, near 0."""
+    """Yields batches for a reflow, without end: x_0, the x_1 that the flow start maps it to, and t."""
     noise, images = make_pairs(start, pairs, steps, seed)
     while True:
         index = torch.randint(pairs, (n,), device=noise.device)
@@ -410,7 +412,7 @@ def reflow_batches(start, pairs, steps, seed, n):
 
 
 def reflow_settings(start, pairs, pair_steps):
-    """What a checkpoint remembers of the pairs of a reflow: images is the hash of the flow that makes them."""
+    """What a checkpoint remembers of the pairs of a reflow: images is the hash of the weights of the flow start."""
     weights = torch.cat([p.flatten().cpu() for p in start.parameters()])
     sha256 = hashlib.sha256(weights.numpy()).hexdigest()
     return dict(channels=start.shape[0], size=start.shape[1], images=sha256, pairs=pairs, pair_steps=pair_steps)
@@ -476,7 +478,7 @@ def main(argv=None):
     add("--fresh", action="store_true", help="train from scratch over the checkpoints in --out")
     args = parse_args(parser, argv)
     if args.reflow:
-        args = parse_args(parser, argv, args.out / "reflow1" / "model.pt")  # which knows --pairs
+        args = parse_args(parser, argv, args.out / "reflow1" / "model.pt")  # its settings include pairs
     if not args.tol > 0:
         raise ValueError(f"--tol {args.tol}: must be above 0")
     if args.reflow < 0:
