@@ -444,6 +444,11 @@ def main(argv=None):
         judge(model, args.judge, images, test_images, y)
         return
 
+    print("the bound on I(x; c) grows with the number N of candidates, and stays below log N:")
+    for n in [n for n in (4, 16, 64) if n < len(test_images)]:
+        table, _ = evaluate_nce(model, test_images.to(args.device), n)
+        nats = ", ".join(f"{bound:.3f}" for bound in table[:, 0].tolist())
+        print(f"N = {n}: log N = {math.log(n):.3f}, I(x; c) >= {nats} nats, {', '.join(map(str, STEPS))} rows ahead")
     table, n = evaluate_nce(model, test_images.to(args.device))
     print(f"test images in sets of {n}: log N = {math.log(n):.3f} nats, a random choice is right in {1 / n:.2%}")
     for k, (bound, error, hits) in zip(STEPS, table.tolist()):

@@ -63,7 +63,7 @@ Straightness. A path is straight if its velocity always equals its total displac
 If S = 0, one Euler step is exact. The first flow is not straight: X_0 and X_1 are independent, so
 v(x, 0) = 𝔼[X_1] - x, and one step from any x ends at 𝔼[X_1], the mean of all images, a blur.
 
-Reflow trains on (2) again, on another coupling: noise, paired with the image the flow maps it to:
+Reflow minimizes (2) again, on another coupling: noise, paired with the image that it flows to:
 
   (8)  (X_0, X_1) ← (Z_0, Z_1)
 
@@ -122,7 +122,7 @@ def stratified(n, device="cpu"):
 
 
 def dequantise(images, generator=None):
-    """uint8 images -> -1 .. 1. Uniform noise spreads each byte k over its step of grey, k/128 - 1 .. (k + 1)/128 - 1."""
+    """uint8 images -> -1 .. 1. Byte k becomes uniform in its step of grey, from k / 128 - 1 to (k + 1) / 128 - 1."""
     return (images + torch.rand(images.shape, generator=generator, device=images.device)) / 128 - 1
 
 
@@ -363,7 +363,7 @@ def log_prob(model, x, eps, tol=1e-4):
 
 
 def image_bits(model, images, tol=1e-4, seed=0, chunk=100):
-    """Bits/dim, (N,), of uint8 images (N, C, H, W), with one sample of the dequantisation noise and of ε each."""
+    """Bits/dim, (N,), of uint8 images (N, C, H, W), each with one sample of dequantisation noise and one ε."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     bits = []

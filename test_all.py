@@ -3677,6 +3677,9 @@ def test_cpc_command():
         images, test_images = (cpc.load_images("pics", 8, test=test) for test in (False, True))
         y, test_y = (torch.tensor([kinds[v] for v in x[:, 0, 0, 0].tolist()]) for x in (images, test_images))
         model, control = cpc.load("run/model.pt"), cpc.load("run/labels/model.pt")
+        few, _ = cpc.evaluate_nce(model, test_images, 4)
+        nats = ", ".join(f"{bound:.3f}" for bound in few[:, 0])
+        assert f"N = 4: log N = 1.386, I(x; c) >= {nats} nats, 2, 3, 4 rows ahead" in out and "N = 16" not in out
         table, n = cpc.evaluate_nce(model, test_images)
         assert n == 6 and f"sets of 6: log N = {math.log(6):.3f} nats, a random choice is right in 16.67%" in out
         for k, (bound, error, hits) in zip((2, 3, 4), table.tolist()):
