@@ -514,7 +514,7 @@ def main(argv=None):
     if args.nll:
         test_images = load_images(args.data, args.size, args.channels, test=True)[: args.nll]
         bits = image_bits(models[-1], test_images)
-        error = bits.std() / len(bits) ** 0.5
+        error = bits.std(correction=0) / len(bits) ** 0.5
         print(f"test: {bits.mean():.4f} +- {error:.4f} bits/dim, mean of {len(bits)} images")
 
 

@@ -4587,7 +4587,7 @@ def test_rectified_flow_nll_command():
         status, out, err = call(rectified_flow, [*words, 2])
         test_images = rectified_flow.load_images("pics", 8, 1, test=True)
         bits = quiet(rectified_flow.image_bits, rectified_flow.load("run/model.pt"), test_images[:2])
-        assert status == 0 and f"test: {bits.mean():.4f} +- {bits.std() / 2**0.5:.4f} bits/dim" in out, err
+        assert status == 0 and f"test: {bits.mean():.4f} +- {bits.std(correction=0) / 2**0.5:.4f} bits/dim" in out, err
         assert call(rectified_flow, [*words, -1])[0] == 1
 
 
