@@ -28,10 +28,9 @@ Skip-gram. Words with similar contexts have similar meanings. So let a word pred
 
        p(o | c) = exp(u_o · v_c) / Σ_w exp(u_w · v_c)                                           [2]
 
-Its gradient, ∂ log p / ∂v_c = u_o - Σ_w p(w | c) u_w, pulls v_c towards what was seen and away from
-what was expected, but the sum over all V words is too costly for each pair. A simpler question
-suffices: is o a neighbour of c, or was it sampled from P? With σ(x) = 1 / (1 + e^-x) as the
-probability of "neighbour", maximise the sum over all pairs of
+Its gradient, ∂ log p / ∂v_c = u_o - Σ_w p(w | c) u_w, takes a sum over all V words for each pair.
+A simpler question suffices: is o a neighbour of c, or was it sampled from P? With the probability
+σ(x) = 1 / (1 + e^-x) of "neighbour", maximise the sum over all pairs of
 
   (1)  l(c, o) = log σ(u_o · v_c) + k 𝔼_{n ~ P} log σ(-u_n · v_c)                               [4]
 
@@ -64,10 +63,9 @@ its gradients two. With X = v of the L words, and Y = u of the L + 2 R words and
   (7)  scores X Yᵀ;  ∂l/∂X = G Y,  ∂l/∂Y = Gᵀ X,  where G = σ(-score) for pairs in a window,
        -(k / S) m_c σ(score) for negatives of a centre c that has m_c pairs, and 0 elsewhere
 
-Centre i is number i + R of the L + 2 R words. Its window is in columns i .. i + 2 R of row i, so
-the windows form a diagonal band. Each negative counts k / S for every pair: the expected gradients
-are those of (3). In CBOW, X = v of the L + 2 R words, Y = u of the L words and the negatives, and M
-averages: M_cj is 1 / (number of words in the window of c) if j is in it, else 0:
+The window of centre i is in columns i .. i + 2 R of row i: a diagonal band. Each negative counts
+k / S for every pair: the expected gradients are those of (3). In CBOW, X = v of the L + 2 R words,
+Y = u of the L words and the negatives, and M averages: M_cj = 1 / (words in window c) there, else 0:
 
   (8)  H = M X;  G as in (7) from H Yᵀ, with one pair (c, c) for each c whose window is not empty;
        ∂l/∂X = Mᵀ G Y,  ∂l/∂Y = Gᵀ H
@@ -76,8 +74,11 @@ averages: M_cj is 1 / (number of words in the window of c) if j is in it, else 0
 
 Meaning is then in directions, and in differences of them. With all vectors normalised,
 
-  (10) nearest(w) = the x ≠ w with the largest cos(v_x, v_w)
-       the x in a : b = c : x is the word, not a, b or c, with the largest cos(v_x, v_b - v_a + v_c)
+  (10) most similar to words p, not to words q: the x, none of these, with the largest
+       cos(v_x, Σ v_p - Σ v_q), for example the x in a : b = c : x, with p = b, c and q = a
+
+  (11) Spearman's ρ = the correlation, over rated pairs x, y, of rank(cos(v_x, v_y)) and rank(rating),
+       where rank(z) = (number of values < z) + (1 + number of values = z) / 2
 
 Pitfalls:
 - v and u are two tables. Break it: in pair_step, write v[o] for u[o] in the line of d_c, and
@@ -85,8 +86,7 @@ Pitfalls:
 - Counts are taken before subsampling, windows after it. A negative may equal o, as in (1).
 - Gradients of a step add up: with a larger --batch, or a small vocabulary, lower --lr. A step has
   at most 6 words per word of the vocabulary, and so few that none is expected more than 16 times.
-- A word is a run of letters in lower case, or a Chinese character. No window crosses a blank line,
-  nor the end of a part of the text (16 x --batch words). The blocks of a part are shuffled.
+- A word is a run of letters in lower case, or a Chinese character. No window crosses a blank line.
 
 Differences from the papers: shared negatives (7); t / f in (5), as in the authors' program; no
 phrases, no hierarchical softmax. (8) divides the CBOW gradient by the window size; theirs does not.
@@ -248,12 +248,21 @@ class Vectors(nn.Module):
         self.number = {word: i for i, word in enumerate(words)}
         self.register_buffer("table", (torch.rand(len(words), d) - 0.5) / d)
 
-    def unit(self, words):
-        """The vectors of some words, normalised, (n, d). ValueError for a word that has none."""
+    def __contains__(self, word):
+        return word in self.number or word.lower() in self.number
+
+    def __getitem__(self, word):
+        """The vector of a word, (d,). ValueError for a word that has none."""
+        return self.table[self.rows([word])[0]]
+
+    def rows(self, words):
+        """The rows of the table for some words, as written or else in lower case, (n,). ValueError for an unknown word."""
+        words = [words] if isinstance(words, str) else words
         for word in words:
-            if word not in self.number:
+            if word not in self:
                 raise ValueError(f"the word {word!r} is not among the {len(self.words)} words of the vocabulary")
-        return F.normalize(self.table[[self.number[word] for word in words]], dim=1)
+        rows = [self.number.get(word, self.number.get(word.lower())) for word in words]
+        return torch.tensor(rows, dtype=torch.long, device=self.table.device)
 
 
 @torch.no_grad()
@@ -293,7 +302,7 @@ def train(
     torch.manual_seed(seed)
     vectors = Vectors(words, dim).to(device)
     neighbours = Vectors(words, dim).to(device)
-    vectors.unit(asked)  # refuses unknown words
+    vectors.rows(asked)  # refuses unknown words
     neighbours.table.zero_()
     counts = torch.tensor(counts, dtype=torch.float32)
     keep = keep_probability(counts, sample).to(device)
@@ -320,23 +329,26 @@ def train(
 
 
 # ------------------------------------------------------------------------------------------------- queries ------------
-def closest(vectors, target, n, without):
-    """The n words whose vectors have the largest cosine with target, (d,) -> [(word, cosine)]. without: not these."""
-    cosines = F.normalize(vectors.table, dim=1) @ F.normalize(target, dim=0)
-    cosines[[vectors.number[word] for word in without]] = -2
-    best = cosines.topk(min(n, len(vectors.words) - len(set(without))))
-    return [(vectors.words[i], cosine) for cosine, i in zip(best.values.tolist(), best.indices.tolist())]
+def closest(table, plus, minus, n):
+    """For each of Q questions, the n rows of table with the largest cosines by (10) -> cosines and rows, (Q, n) each.
+
+    table: normalised, (V, d); plus, minus: the rows of the words p and q, (Q, any number)."""
+    target = F.normalize(table[plus].sum(1) - table[minus].sum(1), dim=1)  # (10)
+    cosines = target @ table.T
+    cosines.scatter_(1, torch.cat([plus, minus], dim=1), -2)  # (10)
+    return cosines.topk(n)
 
 
-def nearest(vectors, word, n=8):
-    """The n nearest words to a word -> [(word, cosine)]. ValueError for a word without a vector."""
-    return closest(vectors, vectors.unit([word])[0], n, [word])  # (10)
+def most_similar(vectors, positive, negative=(), n=8):
+    """The n words most similar to the positive ones and not to the negative ones, by (10) -> [(word, cosine)].
 
-
-def analogy(vectors, a, b, c, n=4):
-    """The words that are to c as b is to a -> [(word, cosine)]. ValueError for a word without a vector."""
-    v_a, v_b, v_c = vectors.unit([a, b, c])
-    return closest(vectors, v_b - v_a + v_c, n, [a, b, c])  # (10)
+    The neighbours of "king": positive "king". man : woman = king : x: positive ["woman", "king"], negative "man".
+    ValueError for a word without a vector."""
+    plus = vectors.rows(positive)
+    minus = vectors.rows(negative)
+    n = min(n, len(vectors.words) - len({*plus.tolist(), *minus.tolist()}))
+    cosines, rows = closest(F.normalize(vectors.table, dim=1), plus[None], minus[None], n)
+    return [(vectors.words[row], cosine) for row, cosine in zip(rows[0].tolist(), cosines[0].tolist())]
 
 
 # ------------------------------------------------------------------------------------------------- command ------------
@@ -389,11 +401,10 @@ def main(argv=None):
     add("--sample", type=float, default=1e-3, help="t of subsampling, 0 for none")
     add("--min-count", type=positive, default=5, help="rarer words are left out")
     add("--model", choices=("skipgram", "cbow"), default="skipgram", help="skip-gram or CBOW")
-    add("--nearest", nargs="+", type=str.lower, default=[], metavar="WORD", help="print the neighbours of these words")
+    add("--nearest", nargs="+", default=[], metavar="WORD", help="print the neighbours of these words")
     add(
         "--analogy",
         nargs=3,
-        type=str.lower,
         default=[],
         metavar=("A", "B", "C"),
         help="print what is to C as B is to A",
@@ -417,10 +428,11 @@ def main(argv=None):
         draw_map(args.out / "map.png", vectors)
         print(f"{len(vectors.words)} words: {args.out}/vectors.txt, map.png, log.csv, model.pt")
     for word in args.nearest or ([] if asked else vectors.words[50:350:50] or vectors.words[:3]):
-        print(f"{word}: {', '.join(f'{other} {cosine:.2f}' for other, cosine in nearest(vectors, word))}")
+        print(f"{word}: {', '.join(f'{x} {cosine:.2f}' for x, cosine in most_similar(vectors, word))}")
     if args.analogy:
         a, b, c = args.analogy
-        print(f"{a} : {b} = {c} : {', '.join(f'{x} {cosine:.2f}' for x, cosine in analogy(vectors, a, b, c))}")
+        answers = most_similar(vectors, [b, c], [a], 4)
+        print(f"{a} : {b} = {c} : {', '.join(f'{x} {cosine:.2f}' for x, cosine in answers)}")
 
 
 # ------------------------------------------------------------------------------------------------ plumbing ------------
