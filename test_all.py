@@ -3619,6 +3619,8 @@ def test_cpc_command():
 
         table, _ = cpc.evaluate_nce(model, parts[1])
         want = [f"sets of 6: log N = {math.log(6):.3f} nats, a random choice is right in 16.67%\n"]
+        few = ", ".join(f"{bound:.3f}" for bound in cpc.evaluate_nce(model, parts[1], 4)[0][:, 0])
+        want.append(f"N = 4: log N = 1.386, I(x; c) >= {few} nats, 2, 3, 4 rows ahead\n")
         for k, (bound, error, hits) in zip((2, 3, 4), table.tolist()):
             want.append(f"{k} rows ahead: loss {math.log(6) - bound:.3f} +- {error:.3f}, I(x; c) >= {bound:.3f} nats, ")
             want.append(f"{bound:.3f} nats, the right patch chosen in {hits:.2%}\n")
