@@ -335,8 +335,9 @@ def test_repo_readme():
         for counter in in_english, in_chinese:
             counter.pop("README.md", 0), counter.pop("README.zh-CN.md", 0)
         assert in_english == in_chinese, (in_english - in_chinese, in_chinese - in_english)
-    for link in re.findall(r"\]\(([^)#\s]+)", english):
-        assert re.match(r"\w+:", link) or (HERE / link).exists(), link
+    for link in re.findall(r'\]\(([^)#\s]+)|(?:src|href)="([^"]+)', english + chinese):
+        link = "".join(link)
+        assert re.match(r"\w+:|\.\./\.\./actions", link) or (HERE / link).exists(), link
 
 
 def test_repo_readme_python():
