@@ -2091,6 +2091,122 @@ def test_word2vec_command():
         assert "'cat'" in call(word2vec, "--out run --nearest cat".split())[2]
 
 
+# Made by gensim 4.4.0 and scipy 1.17.1: k = KeyedVectors(2); k.add_vectors(["the", "café", "New_York"],
+# np.array([[0.1, -2.5e-8], [1 / 3, 7], [-0.0, 1e20]], np.float32)); k.save_word2vec_format("c", binary=...)
+GENSIM_ROWS = [[0.1, -2.5e-8], [1 / 3, 7], [-0.0, 1e20]]
+GENSIM_TEXT = b"3 2\nthe 0.1 -2.5e-08\ncaf\xc3\xa9 0.33333334 7.0\nNew_York -0.0 1e+20\n"
+GENSIM_BINARY = (
+    b"3 2\nthe \xcd\xcc\xcc=\x95\xbf\xd6\xb2caf\xc3\xa9 \xab\xaa\xaa>\x00\x00\xe0@New_York \x00\x00\x00\x80\xecx\xad`"
+)
+
+
+def word2vec_twelve():
+    """w0 .. w11, the vectors that gensim was asked about: np.round(default_rng(0).normal(size=(12, 3)), 1)."""
+    rows = """0.1 -0.1 0.6  0.1 -0.5 0.4  1.3 0.9 -0.7  -1.3 -0.6 0  -2.3 -0.2 -1.2  -0.7 -0.5 -0.3
+              0.4 1 -0.1  1.4 -0.7 0.4  0.9 0.1 -0.7  -0.9 -0.5 0.2  -1 -0.2 -0.2  0.5 0.2 0.4"""
+    return word2vec_planted([f"w{i}" for i in range(12)], np.float32(rows.split()).reshape(12, 3).tolist())
+
+
+def test_word2vec_eq10_most_similar():
+    """Any number of words are added and subtracted, as by gensim; a word is found as written, or in lower case."""
+    made = word2vec_twelve()
+    # k.most_similar(positive=["w1", "w5", "w7"], negative=["w2", "w9"], topn=4)
+    want = {"w0": 0.545106, "w3": 0.215832, "w11": 0.090186, "w10": -0.072545}
+    got = word2vec.most_similar(made, ["w1", "w5", "w7"], ["w2", "W9"], 4)
+    assert [word for word, _ in got] == [*want]
+    near([cosine for _, cosine in got], [*want.values()], 1e-6)
+    assert len(word2vec.most_similar(made, ["w1", "w1"], "w2", 99)) == 10  # all but the two given
+    made = word2vec_planted(["us", "US", "u", "s"], [[1.0, 2], [3, 4], [5, 6], [7, 8]])
+    assert [made[word].tolist() for word in ("us", "US", "Us", "S")] == [[1, 2], [3, 4], [1, 2], [7, 8]]
+    assert "Us" in made and "them" not in made
+    assert word2vec.most_similar(made, "us") == word2vec.most_similar(made, ["us"])  # not of the words u and s
+    raises("'them'", made.__getitem__, "them")
+    raises("'them'", word2vec.most_similar, made, "us", "them")
+
+
+def test_word2vec_eq11_spearman():
+    """Equal to scipy.stats.rankdata and spearmanr, ties included."""
+    x, y = torch.tensor([3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3]), torch.tensor([2.5, 7, 1, 8, 2.5, 8, 1, 8, 2, 8])
+    assert word2vec.ranks(x).tolist() == [4.5, 1.5, 6, 1.5, 7.5, 10, 3, 9, 7.5, 4.5]
+    assert abs(word2vec.spearman(x, y) - 0.11433239009500588) < 1e-12
+    assert abs(word2vec.spearman(x, x**3) - 1) < 1e-12 and abs(word2vec.spearman(x, -x) + 1) < 1e-12
+    assert math.isnan(word2vec.spearman(x, 0 * x))
+
+
+def test_word2vec_formats():
+    """Both formats are written to the byte as by gensim, and read: gensim's, and the layout of the authors' program."""
+    with workdir():
+        made = word2vec_planted(["the", "café", "New_York"], GENSIM_ROWS)
+        for binary, want in (False, GENSIM_TEXT), (True, GENSIM_BINARY):
+            word2vec.save_vectors("v", made, binary)
+            assert Path("v").read_bytes() == want
+        head, *lines = GENSIM_TEXT.splitlines(keepends=True)
+        cut = [4, 16, 30, len(GENSIM_BINARY)]
+        rows = [GENSIM_BINARY[a:b] for a, b in itertools.pairwise(cut)]
+        files = [GENSIM_TEXT, GENSIM_BINARY, GENSIM_TEXT[:-1], GENSIM_TEXT.replace(b"\n", b" \n")]
+        files += [head + b"\n".join(rows) + b"\n", GENSIM_TEXT.replace(b"\n", b"\r\n")]
+        files += [b"4 2\n" + b"".join(lines) + b"the 8 9\n", b"4 2\n" + b"".join(rows) + b"the " + bytes(8)]  # twice
+        for file in files:
+            Path("v").write_bytes(file)
+            read = word2vec.load_vectors("v")
+            assert read.words == made.words and read.number == made.number, file
+            same(read.table, made.table)
+        numbers = np.random.default_rng(0).integers(0, 256, (500, 12), dtype=np.uint8)
+        numbers[:, :4] = np.frombuffer(b"1\n 2 3\n4\n\n\n\n" * 500, np.uint8).reshape(500, 12)[:, :4]  # like text
+        Path("v").write_bytes(b"500 3\n" + b"".join(b"w%d " % i + row.tobytes() for i, row in enumerate(numbers)))
+        assert word2vec.load_vectors("v").table.numpy().tobytes() == numbers.tobytes()
+
+
+def test_word2vec_formats_refused():
+    """A file that is cut anywhere, longer than its first line says, ragged or no vectors is refused by its name."""
+    bad = [GENSIM_BINARY[:n] for n in range(len(GENSIM_BINARY))]
+    bad += [GENSIM_TEXT[:n] for n in range(len(GENSIM_TEXT) - 5)]  # later only a digit is missing
+    bad += [b"2" + file[1:] for file in (GENSIM_TEXT, GENSIM_BINARY)]
+    bad += [GENSIM_TEXT.replace(b"7.0", b"7.0 1"), GENSIM_TEXT.replace(b"7.0", b"x"), GENSIM_TEXT.replace(b"\xc3", b"")]
+    bad += [b"3 99999999999999999999\n" + GENSIM_TEXT[4:], b"0 2\n", b"-1 2\n", b"no vectors\nat all\n", b"the 1 2\n"]
+    with workdir():
+        for file in bad:
+            Path("v").write_bytes(file)
+            raises("^v: damaged, or not vectors", word2vec.load_vectors, "v")
+
+
+def test_word2vec_score():
+    """The scores of pairs and of analogies are gensim's; --vectors and a finished run print the same."""
+    made, triples = word2vec_twelve(), itertools.product(range(12), range(12), range(3))
+    triples = [triple for triple in triples if len({*triple}) == 3]
+    with workdir() as here:
+        lines = "".join(f"w{i}\tW{(i * i + 1) % 12}\t{i * 7 % 5}\n" for i in range(12))
+        (here / "pairs").write_text(f"# a comment\n\n{lines}w0\tNew York\t3\n")
+        lines = "".join(f"w{a} W{b} w{c} w{(a * b + c) % 12}\n" for a, b, c in triples)
+        (here / "four").write_text(f": a heading\n{lines}w0 w1 w2 zebra\n")
+        # k.evaluate_word_pairs, k.evaluate_word_analogies of gensim
+        pairs, four = word2vec.read_questions("pairs"), word2vec.read_questions("four")
+        value, n = word2vec.score(made, pairs)
+        assert abs(value + 0.17681390752635054) < 1e-12 and (n, len(pairs)) == (12, 13)
+        value, n = word2vec.score(made, four)
+        assert abs(value - 31 / 330) < 1e-7 and (n, len(four)) == (330, 331)
+        word2vec.save_vectors("v", made, binary=True)
+        want = "pairs: Spearman's correlation -0.177, 12 of 13 lines have vectors\n"
+        assert call(word2vec, "--vectors v --score pairs".split()) == (0, want, "")
+        want = "four: share of right answers 0.094, 330 of 331 lines have vectors\n"
+        assert call(word2vec, "--vectors v --score four".split()) == (0, want, "")
+        status, out, err = call(word2vec, "--vectors v --nearest W1 --analogy w1 w2 w3".split())
+        assert (status, err) == (0, "") and [line[:4] for line in out.splitlines()] == ["W1: ", "w1 :"], out
+        assert sorted(os.listdir()) == ["four", "pairs", "v"]  # nothing was trained
+        for text in "a b\n", "a b c\n", "a b 1\na b c d\n", "# nothing\n", "a\tb\t1\t\n", "x y 1\nw0 w1 2\n":
+            (here / "bad").write_text(text)
+            status, out, err = call(word2vec, "--vectors v --score bad".split())
+            assert (status, out) == (1, "") and "--score" in err and err.count("\n") == 1, (text, err)
+        (here / "text").write_text(word2vec_topics(200))
+        (here / "topics").write_text("ba be 2\nba xa 1\nxa xe 2\nxi bi 1\n")
+        words = "--text text --dim 7 --batch 500 --out run --score topics".split()
+        status, out, err = call(word2vec, words)
+        assert (status, err) == (0, "") and "iteration" in out, err
+        (here / "text").unlink()
+        asked = call(word2vec, "--out run --score topics".split())
+        assert asked[0] == 0 and asked[1].startswith("topics: Spearman's") and out.endswith(asked[1]), asked
+
+
 # -------------------------------------------------------------------------------------------------- rnn.py ------------
 def small_rnn(cell="lstm", width=12, chars="abcdef", seed=0, **more):
     """A small CharRNN in evaluation mode, with random weights."""

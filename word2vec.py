@@ -65,7 +65,7 @@ its gradients two. With X = v of the L words, and Y = u of the L + 2 R words and
 
 The window of centre i is in columns i .. i + 2 R of row i: a diagonal band. Each negative counts
 k / S for every pair: the expected gradients are those of (3). In CBOW, X = v of the L + 2 R words,
-Y = u of the L words and the negatives, and M averages: M_cj = 1 / (words in window c) there, else 0:
+Y = u of the L words and negatives. M averages: M_cj = 1 / (size of c's window) if j is in it, or 0:
 
   (8)  H = M X;  G as in (7) from H Yᵀ, with one pair (c, c) for each c whose window is not empty;
        ∂l/∂X = Mᵀ G Y,  ∂l/∂Y = Gᵀ H
@@ -77,7 +77,7 @@ Meaning is then in directions, and in differences of them. With all vectors norm
   (10) most similar to words p, not to words q: the x, none of these, with the largest
        cos(v_x, Σ v_p - Σ v_q), for example the x in a : b = c : x, with p = b, c and q = a
 
-  (11) Spearman's ρ = the correlation, over rated pairs x, y, of rank(cos(v_x, v_y)) and rank(rating),
+  (11) Spearman's ρ = the correlation over rated pairs x, y of rank(cos(v_x, v_y)) and rank(rating),
        where rank(z) = (number of values < z) + (1 + number of values = z) / 2
 
 Pitfalls:
@@ -256,7 +256,7 @@ class Vectors(nn.Module):
         return self.table[self.rows([word])[0]]
 
     def rows(self, words):
-        """The rows of the table for some words, as written or else in lower case, (n,). ValueError for an unknown word."""
+        """The rows of words in the table, as written or else in lower case, (n,). ValueError for an unknown word."""
         words = [words] if isinstance(words, str) else words
         for word in words:
             if word not in self:
@@ -351,6 +351,49 @@ def most_similar(vectors, positive, negative=(), n=8):
     return [(vectors.words[row], cosine) for row, cosine in zip(rows[0].tolist(), cosines[0].tolist())]
 
 
+# -------------------------------------------------------------------------------------------------- scores ------------
+def ranks(x):
+    """The rank of each value of x, from 1, (n,) -> (n,) float64. Equal values share the mean of their ranks."""
+    _, index, counts = x.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) + (1 - counts.double()) / 2)[index]  # (11)
+
+
+def spearman(x, y):
+    """Spearman's correlation of x and y, (n,) each; nan if one of them is constant."""
+    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()  # (11)
+
+
+def read_questions(path):
+    """The lines of a file, of pairs as ([word, word], rating), or of analogies as ([word, word, word, word], None).
+
+    Blank lines and those that start with # or : are left out. OSError, or ValueError with the name of the file."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+        fields = [line.split("\t" if "\t" in line else None) for line in lines if line.strip() and line[0] not in "#:"]
+        if {len(line) for line in fields} not in ({3}, {4}):
+            raise ValueError("neither two words and a number in each line, nor four words in each line")
+        return [(line[:2], float(line[2])) if len(line) == 3 else (line, None) for line in fields]
+    except ValueError as e:
+        raise ValueError(f"--score {path}: {e}") from e
+
+
+def score(vectors, questions):
+    """Spearman's correlation (11) of pairs, or the share of analogies that (10) solves; how many questions count.
+
+    questions: of read_questions(). Those with an unknown word do not count. ValueError if fewer than 2 do."""
+    known = [(words, rating) for words, rating in questions if all(word in vectors for word in words)]
+    if len(known) < 2:
+        raise ValueError(f"--score: {len(known)} of {len(questions)} lines have vectors, at least 2 are needed")
+    rows = torch.stack([vectors.rows(words) for words, _ in known])
+    table = F.normalize(vectors.table, dim=1)
+    if rows.shape[1] == 4:
+        right = [closest(table, part[:, 1:3], part[:, :1], 1)[1][:, 0] == part[:, 3] for part in rows.split(100)]
+        return torch.cat(right).float().mean().item(), len(known)
+    x, y = table[rows].unbind(1)
+    ratings = torch.tensor([rating for _, rating in known], dtype=torch.float64)
+    return spearman((x * y).sum(1).cpu(), ratings), len(known)
+
+
 # ------------------------------------------------------------------------------------------------- command ------------
 def load(path, device="cpu"):
     """The Vectors in a checkpoint of word2vec.py."""
@@ -360,12 +403,44 @@ def load(path, device="cpu"):
     return vectors.to(device)
 
 
-def save_vectors(path, vectors):
-    """Saves word2vec's text format: a line "V d", then a line for each word."""
-    lines = [f"{len(vectors.words)} {vectors.table.shape[1]}\n"]
-    for word, row in zip(vectors.words, vectors.table.tolist()):
-        lines.append(" ".join([word, *(f"{x:.6g}" for x in row)]) + "\n")
-    path.write_text("".join(lines), "utf-8")
+def save_vectors(path, vectors, binary=False):
+    """Saves word2vec's formats: a line "V d", then each word, a space, and a line of d numbers or d binary float32."""
+    table = vectors.table.cpu().numpy().astype("<f4")
+    lines = [f"{table.shape[0]} {table.shape[1]}\n".encode()]
+    for word, row in zip(vectors.words, table):
+        numbers = row.tobytes() if binary else " ".join(map(str, row)).encode() + b"\n"
+        lines.append(word.encode() + b" " + numbers)
+    Path(path).write_bytes(b"".join(lines))
+
+
+def load_vectors(path, device="cpu"):
+    """The Vectors in a file of either of word2vec's formats. The first counts if a word is there twice.
+
+    OSError, or ValueError with the name of the file if it is damaged."""
+    data = Path(path).read_bytes()
+    rows = {}
+    try:
+        at = data.index(b"\n") + 1
+        V, d = map(int, data[:at].split())
+        text = re.compile(rb"[^ ]+( [-+.\w]+){%d} ?\r?(\n|\Z)" % d).match(data, at)  # else binary
+        for _ in range(V):
+            space = data.index(b" ", at)
+            word = data[at:space].decode().lstrip("\n")
+            if text:
+                at = data.find(b"\n", space) + 1 or len(data)
+                row = np.array(data[space:at].split(), np.float32)
+            else:
+                at = space + 1 + 4 * d
+                row = np.frombuffer(data, "<f4", d, space + 1)
+            rows.setdefault(word, row)
+        table = torch.from_numpy(np.stack(list(rows.values())))
+        if data[at:].strip():
+            raise ValueError(f"more than the {V} words of its first line")
+    except (ValueError, OverflowError) as e:
+        raise ValueError(f"{path}: damaged, or not vectors in a format of word2vec ({e})") from e
+    vectors = Vectors(list(rows), d)
+    vectors.table = table
+    return vectors.to(device)
 
 
 def draw_map(path, vectors, n=150, side=1000):
@@ -409,6 +484,12 @@ def main(argv=None):
         metavar=("A", "B", "C"),
         help="print what is to C as B is to A",
     )
+    add(
+        "--score",
+        type=Path,
+        help="print how the vectors score on a file of pairs (A TAB B TAB rating) or of analogies (A B C D)",
+    )
+    add("--vectors", type=Path, help="ask the vectors of this file, word2vec's text or binary format, and train none")
     add("--out", type=Path, default=Path("out/word2vec"), help="run folder")
     add("--device", type=pick_device, default=pick_device(), help="where to compute")
     add("--seed", type=int, default=0, help="seed; on a CPU the same seed gives the same bits")
@@ -419,7 +500,10 @@ def main(argv=None):
 
     path = args.out / "model.pt"
     asked = [*args.nearest, *args.analogy]
-    if asked and finished(path, args, "word2vec"):
+    questions = read_questions(args.score) if args.score else []
+    if args.vectors:
+        vectors = load_vectors(args.vectors, args.device)
+    elif (asked or questions) and finished(path, args, "word2vec"):
         vectors = load(path, args.device)
     else:
         settings = args.epochs, args.batch, args.lr, args.dim, args.window, args.negative, args.sample, args.min_count
@@ -427,12 +511,16 @@ def main(argv=None):
         save_vectors(args.out / "vectors.txt", vectors)
         draw_map(args.out / "map.png", vectors)
         print(f"{len(vectors.words)} words: {args.out}/vectors.txt, map.png, log.csv, model.pt")
-    for word in args.nearest or ([] if asked else vectors.words[50:350:50] or vectors.words[:3]):
+    for word in args.nearest or ([] if asked or questions else vectors.words[50:350:50] or vectors.words[:3]):
         print(f"{word}: {', '.join(f'{x} {cosine:.2f}' for x, cosine in most_similar(vectors, word))}")
     if args.analogy:
         a, b, c = args.analogy
         answers = most_similar(vectors, [b, c], [a], 4)
         print(f"{a} : {b} = {c} : {', '.join(f'{x} {cosine:.2f}' for x, cosine in answers)}")
+    if questions:
+        value, n = score(vectors, questions)
+        what = "share of right answers" if questions[0][1] is None else "Spearman's correlation"
+        print(f"{args.score}: {what} {value:.3f}, {n} of {len(questions)} lines have vectors")
 
 
 # ------------------------------------------------------------------------------------------------ plumbing ------------
