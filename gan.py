@@ -5,7 +5,7 @@
 # SPDX-License-Identifier: MIT
 """Generative adversarial network (GAN): a generator learns to make images by fooling a discriminator.
 
-The discriminator learns at the same time, to tell the generated images from real ones.
+At the same time, the discriminator learns to tell the generated images from real ones.
 
 Paper: Goodfellow et al., "Generative Adversarial Nets", NIPS 2014, arXiv:1406.2661.
 Numbers in brackets at the right, such as [2], are the paper's equations.
@@ -16,7 +16,7 @@ z         z                 latents, (N, latent), standard normal
 G(z)      G(z), fake        generated images, (N, C, H, W), -1 .. 1, distributed as p_g
 d(x)      d(x), *_logits    the output of the discriminator network: logits, (N,), any real numbers
 D(x)      logits.sigmoid()  the probability that x is real, 1 / (1 + exp(-d(x))); the paper's D
-JS        js_bound          Jensen-Shannon divergence of p_data and p_g, 0 .. log 2 = 0.693 nats
+JS        ≥ js_bound        Jensen-Shannon divergence of p_data and p_g, 0 .. log 2 = 0.693 nats
 k         k                 number of steps of D for each step of G
 w_D, w_G  -                 the weights of the two networks
 
@@ -27,7 +27,7 @@ The game. D maximises, and G minimises, the same value:
 The optimal D for a fixed G. V is the integral of p_data(x) log D(x) + p_g(x) log(1 - D(x)) over x,
 and D(x) can be chosen independently at each x. With a = p_data(x), b = p_g(x) and y = D(x), the
 integrand a log y + b log(1 - y) is concave in y. Its derivative a / y - b / (1 - y) is zero at
-y = a / (a + b):
+the maximum, y = a / (a + b):
 
   (2)  D*(x) = p_data(x) / (p_data(x) + p_g(x)),  that is  d*(x) = log p_data(x) - log p_g(x)    [2]
 
@@ -36,7 +36,7 @@ logarithms yields a term -log 2:
 
   (3)  V(D*, G) = KL(p_data ‖ m) + KL(p_g ‖ m) - log 4 = 2 JS(p_data ‖ p_g) - log 4        [4, 5, 6]
 
-JS is 0 exactly where the two distributions agree. So V(D*, G) has its minimum, -log 4, at
+JS is 0 exactly when the two distributions agree. So V(D*, G) has its minimum, -log 4, at
 p_g = p_data and nowhere else; D* is 1/2 there [Theorem 1]. No D reaches a higher V than D*, so
 
   (4)  JS(p_data ‖ p_g) ≥ (V(D, G) + log 4) / 2  for any D
@@ -51,19 +51,22 @@ Only the second term of V depends on G. G minimises it, or maximises log D(G(z))
 
   (7)  nonsaturating:  loss_G = -𝔼_z[log D(G(z))] = 𝔼_z[softplus(-d(G(z)))]              [section 3]
 
-Their derivatives in the logit are -D and -(1 - D). Both raise it, but D is near 0 for an image that
-is clearly not real. There the gradient of (6) vanishes, and that of (7) has its full strength.
+Their derivatives with respect to the logit d are -D and -(1 - D), so minimising either raises d.
+But D is near 0 for an image that is clearly not real. There the gradient of (6) vanishes, while
+that of (7) has its full strength.
 
-With D = D*, the gradient of (6) is that of 2 JS(p_data ‖ p_g), by (3). The gradient of (7), the
-default, is that of KL(p_g ‖ p_data) - 2 JS(p_data ‖ p_g), by Theorem 2.5 of Arjovsky and Bottou
-2017, arXiv:1701.04862. Both are zero at p_g = p_data.
+With D = D*, the gradient of (6) is that of 2 JS(p_data ‖ p_g), by (3): V is at its maximum over D,
+so the change of D* with G adds nothing to the gradient. The gradient of (7), the default, is that
+of KL(p_g ‖ p_data) - 2 JS(p_data ‖ p_g), by Theorem 2.5 of Arjovsky and Bottou 2017,
+arXiv:1701.04862. Both are zero at p_g = p_data.
 
-Training. Each player moves while the other one is fixed, here by Adam:
+Training. The players take turns; each moves while the other one is fixed. The steps are Adam's,
+written here as plain gradient descent:
 
   (8)  k times w_D ← w_D - lr ∇loss_D, then once w_G ← w_G - lr ∇loss_G                [Algorithm 1]
 
-Interpolation. Gaussian noise concentrates near a sphere, so one moves from one latent x to another,
-y, along a great circle. With θ the angle between x and y,
+Interpolation. Gaussian noise concentrates near a sphere, so one moves along a great circle, from
+one latent, x (a = 0), to another, y (a = 1). With θ the angle between x and y,
 
   (9)  slerp(x, y, a) = (sin((1 - a) θ) x + sin(a θ) y) / sin θ
 
@@ -73,8 +76,8 @@ Pitfalls:
 - A loss of D near 0 is bad news: D has won, or has memorised the training images.
 - (4) holds in expectation over images that D was not trained on, if D judges each by itself. In
   training, BatchNorm normalises real and generated batches by their own statistics, so loss_D in
-  log.csv gives no bound. The line "JS(p_data || p_g) >= ..." printed at the end is one, within its
-  standard error: it is from test images, with G and D in eval mode.
+  log.csv gives no bound. The line "JS(p_data || p_g) >= ..." printed at the end is a bound, within
+  its standard error: it is from test images, with G and D in eval mode.
 - If all z give the same few images (mode collapse), raise --k or lower --lr.
 
 Differences from the paper:
@@ -82,6 +85,7 @@ Differences from the paper:
   arXiv:1511.06434), with Adam's β_1 = 0.5, but β_2 = 0.99, and ten times DCGAN's learning rate,
   with warm-up and decay to 40 %.
 - G's step reuses the images of D's last step. Results are from an EMA of both players.
+- Interpolation follows (9); the paper's figure 3 takes a straight line.
 
 python gan.py --data mnist --samples 2000         trains in 155 s on two cores
 python gan.py --loss minimax --out out/minimax    trains with (6) instead of (7)
@@ -107,7 +111,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 # ------------------------------------------------------------------------------------------------- network ------------
-# Any G from (N, latent) to (N, C, H, W) and any d from there to (N,) would do. These are small DCGANs.
+# Any G from (N, latent) to (N, C, H, W) and any d from (N, C, H, W) to (N,) would do. These are small DCGANs.
 def layer(conv, activation):
     """A convolution without bias, batch normalisation, and an activation."""
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), activation)
@@ -183,21 +187,21 @@ def loss_g(fake_logits, kind="nonsaturating"):
 
 
 def d_step(d, opt, x, fake):
-    """One step of d on real and generated images (N, C, H, W). Returns its loss and both logits, from before it."""
+    """One step of d on real and generated images (N, C, H, W). Returns its loss and both logits before the step."""
     real_logits = d(x)
-    fake_logits = d(fake.detach())  # (1), over D: the gradient stops here
+    fake_logits = d(fake.detach())  # (1), max over D: the gradient stops at fake
     loss = loss_d(real_logits, fake_logits)
     opt.zero_grad()
     loss.backward()
-    opt.step()  # (8), towards (2)
+    opt.step()  # (8): d moves towards d* of (2)
     return loss.detach(), real_logits.detach(), fake_logits.detach()
 
 
 def g_step(G, d, opt, fake, kind="nonsaturating"):
-    """One step of G on its images fake = G(z). Returns the loss from before it. d keeps its weights."""
-    loss = loss_g(d(fake), kind)  # (1), over G: the gradient passes through d
+    """One step of G on its images fake = G(z). Returns the loss before the step. d keeps its weights."""
+    loss = loss_g(d(fake), kind)  # (1), min over G: the gradient passes through d
     opt.zero_grad()
-    loss.backward(inputs=list(G.parameters()))  # and is not computed for the weights of d
+    loss.backward(inputs=list(G.parameters()))  # no gradient for the weights of d
     opt.step()  # (8)
     return loss.detach()
 
@@ -258,7 +262,7 @@ def train(
 
 
 def make_players(settings, device="cpu"):
-    """Untrained networks G and d for the images that settings, those of a checkpoint, describe."""
+    """Untrained networks G and d, built from the channels, size, width and latent of a checkpoint's settings."""
     G = Generator(settings["channels"], settings["size"], settings["width"], settings["latent"]).to(device)
     d = Discriminator(settings["channels"], settings["size"], settings["width"]).to(device)
     if torch.device(device).type == "cpu":
@@ -268,7 +272,7 @@ def make_players(settings, device="cpu"):
 
 
 def update_statistics(ema, player, decay):
-    """The average of update_ema() for BatchNorm's running means and variances, which are not parameters."""
+    """The EMA of BatchNorm's running means and variances, in place: update_ema() averages only the parameters."""
     for average, value in zip(ema.buffers(), player.buffers()):
         if average.is_floating_point():
             average.lerp_(value, 1 - decay)
@@ -278,7 +282,7 @@ def update_statistics(ema, player, decay):
 def js_bound(real_logits, fake_logits):
     """The lower bound on JS(p_data ‖ p_g) in nats, and its standard error, from logits (N,) and (M,).
 
-    Negative if D is worse than tossing a coin."""
+    Two floats. The bound is negative if D is worse than tossing a coin, D = 1/2."""
     bound = (math.log(4) - loss_d(real_logits, fake_logits)) / 2  # (3), (4)
     variance = F.softplus(-real_logits).var(correction=0) / len(real_logits)
     variance += F.softplus(fake_logits).var(correction=0) / len(fake_logits)
@@ -308,7 +312,7 @@ def sample(model, n, seed=0, chunk=500):
 
 @torch.inference_mode()
 def evaluate(G, d, images, seed=0, chunk=500):
-    """The logits of at most 2000 uint8 images (N, C, H, W) and of 2000 images of G. Both players in eval mode."""
+    """The logits of at most 2000 uint8 images (N, C, H, W) and of 2000 images of G. G and d must be in eval mode."""
     image_settings(images)  # refuses floats
     device = next(d.parameters()).device
     real = images[:2000].float() / 127.5 - 1
@@ -332,7 +336,7 @@ def load(path, device="cpu"):
 
 
 def stack(images, seed=0):
-    """Colour images (N, 3, H, W): three random ones of the grey images (N, 1, H, W) become the channels of each.
+    """Colour images (N, 3, H, W). The channels of each are three random images among the grey ones (N, 1, H, W).
 
     From MNIST this makes Stacked MNIST, with 1000 modes (Metz et al. 2016, arXiv:1611.02163).
     ValueError if the images are not grey."""
@@ -345,7 +349,7 @@ def stack(images, seed=0):
 
 @torch.inference_mode()
 def draw_slerps(path, G, seed):
-    """Saves six rows of ten images: from one latent to the next along a great circle."""
+    """Saves six rows of ten images: from one random latent to another along a great circle."""
     device = next(G.parameters()).device
     z = torch.randn(12, G.latent, generator=torch.Generator(device).manual_seed(seed), device=device)
     latents = []
@@ -369,7 +373,7 @@ def main(argv=None):
     add("--iters", type=positive, default=7200, help="training iterations")
     add("--batch", type=positive, default=32, help="batch size")
     add("--lr", type=float, default=2e-3, help="peak learning rate")
-    add("--width", type=positive, default=16, help="channels at half the resolution in D, at the full one in G")
+    add("--width", type=positive, default=16, help="channels of D at half the resolution, and of G at full resolution")
     add("--latent", type=positive, default=64, help="dimensions of z")
     add("--k", type=positive, default=1, help="steps of D for each step of G")
     add("--loss", choices=("nonsaturating", "minimax"), default="nonsaturating", help="the loss of G")

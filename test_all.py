@@ -3512,11 +3512,11 @@ def float64_cpc(channels=3, size=9):
 def test_cpc_eq2_loss():
     """The softmax runs over the candidates of a context, which the last axis counts."""
     f = torch.tensor([[1.0, 3, 1], [1, 2, 1], [1, 1, 1]]).double()
-    by_hand = torch.tensor([5.0, 2, 3]).log()  # of 1/5, 2/4 and 1/3
-    transposed = torch.tensor([3.0, 3, 3]).log()  # of 1/3, 2/6 and 1/3
+    by_hand = torch.tensor([5.0, 2, 3]).double().log()  # of 1/5, 2/4 and 1/3
+    transposed = torch.tensor([3.0, 3, 3]).double().log()  # of 1/3, 2/6 and 1/3
     scores = torch.stack([f, f.t()]).log()
-    near(cpc.info_nce(scores), torch.stack([by_hand, transposed]), 1e-6)
-    near(cpc.loss_cpc(list, scores), [by_hand.mean(), transposed.mean()], 1e-6)  # any network that returns scores
+    near(cpc.info_nce(scores), torch.stack([by_hand, transposed]), 1e-12)
+    near(cpc.loss_cpc(list, scores), [by_hand.mean(), transposed.mean()], 1e-12)  # any network that returns scores
 
 
 def test_cpc_eq4_scores():
@@ -3602,11 +3602,13 @@ def test_cpc_eq8_probe():
     probe = functools.partial(cpc.linear_probe, weight_decay=0.01, iters=300)
     with mock.patch.object(torch.optim, "LBFGS", side_effect=torch.optim.LBFGS) as optimiser:
         got = probe(h, y, h)
-    V = optimiser.call_args[0][0][0].detach().clone().requires_grad_()
+    ((V,),) = optimiser.call_args.args
+    V = V.detach().clone().requires_grad_()
     g = (h - h.mean(0)) / h.std(0, correction=0)
     g = F.pad(g, (0, 1), value=1)
     loss = F.cross_entropy(g @ V.t(), y) + 0.005 * V.square().sum()
-    assert torch.autograd.grad(loss, V)[0].abs().max() < 1e-5
+    (gradient,) = torch.autograd.grad(loss, V)
+    near(gradient, 0, 1e-5)
     same(got, (g @ V.t()).argmax(1))
     assert 0.6 < (got == y).double().mean()
     silent = torch.ones(90, 1)  # a feature that says nothing in training, and little in the test
@@ -3629,6 +3631,19 @@ def test_cpc_learning_curve():
         curve = cpc.learning_curve(torch.arange(1500)[:, None], others, y, torch.ones(4))
     assert curve == {10: 0.25, 100: 0.5, 1000: 0.75, 1500: 1}
     assert fitted == [10] * 5 + [100] * 5 + [1000] * 5 + [1500]
+
+
+def test_cpc_plot():
+    """In the plot a better accuracy is higher, and more labels are further to the right."""
+    curves = {"bad": {10: 0.3, 1000: 0.5}, "good": {10: 0.9, 1000: 0.99}}
+    with workdir():
+        cpc.plot_curves("plot.png", curves)
+        plot = np.array(Image.open("plot.png"))[30:]  # below the legend
+    heights = []
+    for colour in (192, 57, 43), (36, 113, 163):
+        rows, columns = np.nonzero((plot == colour).all(2))
+        heights += [rows[columns == 72].mean(), rows[columns == 728].mean()]
+    assert heights == sorted(heights, reverse=True)
 
 
 def in_classes(here):
@@ -3816,9 +3831,17 @@ def test_cpc_judge_command():
 
 
 # ------------------------------------------------------------------------------------------------- ddpm.py ------------
-def oracle(x_0, s):
+SCHEDULE = ddpm.make_schedule()
+
+
+def oracle(x_0, s=SCHEDULE):
     """The exact noise estimate when x_0 is the only image that there is."""
-    return lambda x_t, t: (x_t - s.signal[t].view(-1, 1, 1, 1) * x_0) / s.noise[t].view(-1, 1, 1, 1)
+
+    def network(x_t, t):
+        signal, noise = (table[t].view(-1, 1, 1, 1) for table in (s.signal, s.noise))
+        return (x_t - signal * x_0) / noise
+
+    return network
 
 
 def answers(eps):
@@ -3843,151 +3866,136 @@ class Net(nn.Module):
 
 def test_ddpm_eq1_eq2_chain_of_steps():
     """T steps of (1), one after the other, have the mean and the variance of (2) at every t."""
-    one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
-    for T in 1, 10, 1000:
-        s, mean, variance = ddpm.make_schedule(T), 1.0, 0.0
-        near(s.beta, np.linspace(1e-4, 0.02, T) if T > 1 else 1e-4, 1e-15)
-        for t, beta in enumerate(s.beta.tolist()):
-            mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
-            near(ddpm.q_sample(one, t, zero, s), mean, 1e-12)
-            near(ddpm.q_sample(zero, t, one, s) ** 2, variance, 1e-12)
+    one = torch.ones(1, 1, 1, 1).double()
+    near(SCHEDULE.beta, np.linspace(1e-4, 0.02, 1000), 1e-15)
+    mean, variance = 1.0, 0.0
+    for t, beta in enumerate(SCHEDULE.beta.tolist()):
+        mean = mean * (1 - beta) ** 0.5
+        variance = variance * (1 - beta) + beta
+        near(ddpm.q_sample(one, t, 0 * one, SCHEDULE), mean, 1e-12)
+        near(ddpm.q_sample(0 * one, t, one, SCHEDULE) ** 2, variance, 1e-12)
 
 
 def test_ddpm_eq3_is_bayes_rule():
     """The posterior's precision is the sum of two, and its mean the sum of two means weighted by them."""
-    s, (x_0, x_t) = ddpm.make_schedule(), normal(2, 3, 1, 2, 2)
-    for t in 1, 2, 40, 500, 999:
-        beta, before = s.beta[t], s.alpha_bar[t - 1]
-        ahead, prior = (1 - beta) / beta, 1 / (1 - before)
+    s = SCHEDULE
+    x_0, x_t = normal(2, 3, 1, 2, 2)
+    for t in 1, 40, 999:
+        alpha = 1 - s.beta[t]
+        before = s.alpha_bar[t - 1]
+        ahead = alpha / s.beta[t]  # the precision of x_t, as a measurement of x_{t-1}
+        prior = 1 / (1 - before)
         near(s.beta_tilde[t], 1 / (ahead + prior), 0, 1e-9)
-        mean = (ahead * x_t / (1 - beta).sqrt() + prior * before.sqrt() * x_0) / (ahead + prior)
+        mean = (ahead * x_t / alpha.sqrt() + prior * before.sqrt() * x_0) / (ahead + prior)
         near(ddpm.q_mean(x_0, x_t, t, s), mean, 1e-9)
     near(ddpm.q_mean(x_0, x_t, 0, s), x_0, 1e-12)
-    near(s.beta_tilde[0], 0)
 
 
 def test_ddpm_eq4_bound_of_an_oracle():
-    """If the network knows x_0, every L_t is 0 or the KL of the two variances, L_0 is (9) at x_0, and L_T is exact."""
-    x_0 = torch.randint(256, (3, 2, 4, 4), generator=torch.Generator().manual_seed(1)).double() / 127.5 - 1
+    """If the network knows x_0, every L_t with the small variance is 0, L_0 is (9) at x_0, and L_T is exact."""
     s = ddpm.make_schedule(50)
-    ratio = s.beta_tilde[1:] / s.beta[1:]
-    q = D.Normal(s.alpha_bar[-1].sqrt() * x_0, (1 - s.alpha_bar[-1]).sqrt())
+    x_0 = torch.tensor([-1, -0.2, 0.6, 1], dtype=torch.float64)
+    x_0 = x_0.view(4, 1, 1, 1).expand(4, 2, 3, 3)
+    bits = quiet(ddpm.bound, oracle(x_0, s), x_0, s, "small")
     inside = math.erf(1 / 255 / (2 * s.beta_tilde[1].item()) ** 0.5)  # of the bin around the mean
-    mass = inside + (x_0.abs() == 1).double() * (1 - inside) / 2  # black and white: a tail as well
-    for variance, extra in ("small", 0 * ratio), ("large", (ratio - 1 - ratio.log()) / 2):
-        for clip in True, False:
-            bits = quiet(ddpm.bound, oracle(x_0, s), x_0, s, variance, clip, torch.Generator().manual_seed(0))
-            assert bits.shape == (3, 51)
-            near(bits[:, 0], -mass.log2().mean((1, 2, 3)), 1e-9)
-            near(bits[:, 1:-1], extra / math.log(2), 1e-9)
-            near(bits[:, -1], D.kl_divergence(q, D.Normal(0.0, 1.0)).mean((1, 2, 3)) / math.log(2), 1e-12)
+    outer = (1 + inside) / 2  # black and white have a tail as well
+    near(bits[:, 0], [-math.log2(mass) for mass in (outer, inside, inside, outer)], 1e-9)
+    near(bits[:, 1:-1], torch.zeros(4, 49), 1e-9)
+    q = D.Normal(s.signal[-1] * x_0, s.noise[-1])
+    L_T = D.kl_divergence(q, D.Normal(0.0, 1.0))
+    near(bits[:, -1], L_T.mean((1, 2, 3)) / math.log(2), 1e-12)
+    raises("large or small, not beta", ddpm.bound, oracle(x_0, s), x_0, s, "beta")
 
 
 def test_ddpm_eq4_eq5_weights_of_a_blind_network():
     """If the network answers 0, each L_{t-1} is w_t E eps² = w_t, and the KL of the two variances."""
-    s, n = ddpm.make_schedule(100, 1e-3, 0.1), 400
-    x_0 = torch.full((n, 1, 4, 4), 0.2).double()
+    s = ddpm.make_schedule(100, 1e-3, 0.1)
+    x_0 = torch.full((400, 1, 4, 4), 0.2).double()
+    tolerance = 5 * (2 / x_0.numel()) ** 0.5  # five standard errors
     for variance, table in ("large", s.beta), ("small", s.beta_tilde):
-        bits = quiet(ddpm.bound, answers(0 * x_0[:1]), x_0, s, variance, False, torch.Generator().manual_seed(3))
-        beta, var, post, a = (v[1:] for v in (s.beta, table, s.beta_tilde, s.alpha_bar))
-        w = beta**2 / (2 * var * (1 - beta) * (1 - a))
-        nats = w + (post / var - 1 + (var / post).log()) / 2
-        near(bits[:, 1:-1].mean(0) * math.log(2) / nats, 1, 5 * (2 / x_0.numel()) ** 0.5)
-    s = ddpm.make_schedule()
-    w = s.beta / (2 * (1 - s.beta) * (1 - s.alpha_bar))
-    near(w[[1, 349]], [0.27, 0.005], 3e-3, 0)  # the docstring's
-
-
-def test_ddpm_eq5_kl():
-    """The KL divergence is torch's, summed over all but the first axis."""
-    mean, other, log_var, log_var_other = normal(4, 5, 3, 4, 4)
-    p, q = D.Normal(mean, (log_var / 2).exp()), D.Normal(other, (log_var_other / 2).exp())
-    got = ddpm.gauss_kl(mean, log_var.exp(), other, log_var_other.exp())
-    near(got, D.kl_divergence(p, q).sum((1, 2, 3)), 0, 1e-12)
+        generator = torch.Generator().manual_seed(3)
+        bits = quiet(ddpm.bound, answers(0 * x_0), x_0, s, variance, False, generator)
+        w = s.beta**2 / (2 * table * (1 - s.beta) * (1 - s.alpha_bar))
+        ratio = s.beta_tilde / table
+        nats = w + (ratio - 1 - ratio.log()) / 2
+        near(bits[:, 1:-1].mean(0) * math.log(2) / nats[1:], 1, tolerance)
+    w = SCHEDULE.beta / (2 * (1 - SCHEDULE.beta) * (1 - SCHEDULE.alpha_bar))
+    near(w[[1, 349]], [0.27, 0.005], 3e-3)  # the docstring's
 
 
 def test_ddpm_eq6_mean():
-    """The true noise gives the posterior mean; any other answer gives the paper's [11], or (3) of the clipped x_0."""
-    s = ddpm.make_schedule()
+    """Any answer of the network gives the paper's [11], or (3) of the clipped estimate of x_0."""
+    x_t, eps = normal(2, 4, 3, 4, 4)
     for t in 0, 1, 500, 999:
-        x_0, eps, wrong = normal(3, 4, 3, 4, 4, seed=t)
-        x_0 = x_0.clamp(-1, 1)
-        x_t = s.alpha_bar[t].sqrt() * x_0 + (1 - s.alpha_bar[t]).sqrt() * eps
-        for clip in True, False:
-            near(ddpm.p_mean(answers(eps), x_t, t, s, clip), ddpm.q_mean(x_0, x_t, t, s), 1e-9)
-        eq11 = (x_t - s.beta[t] / (1 - s.alpha_bar[t]).sqrt() * wrong) / (1 - s.beta[t]).sqrt()
-        near(ddpm.p_mean(answers(wrong), x_t, t, s, clip=False), eq11, 1e-9)
-        clipped = ((x_t - (1 - s.alpha_bar[t]).sqrt() * wrong) / s.alpha_bar[t].sqrt()).clamp(-1, 1)
-        near(ddpm.p_mean(answers(wrong), x_t, t, s), ddpm.q_mean(clipped, x_t, t, s), 1e-9)
+        beta = SCHEDULE.beta[t]
+        a = SCHEDULE.alpha_bar[t]
+        eq11 = (x_t - beta / (1 - a).sqrt() * eps) / (1 - beta).sqrt()
+        near(ddpm.p_mean(answers(eps), x_t, t, SCHEDULE, clip=False), eq11, 1e-9)
+        x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+        want = ddpm.q_mean(x_0.clamp(-1, 1), x_t, t, SCHEDULE)
+        near(ddpm.p_mean(answers(eps), x_t, t, SCHEDULE), want, 1e-9)
 
 
 def test_ddpm_eq7_loss():
     """The network sees x_t as (2) makes it and t as it is; the loss is the mean squared error of its answer."""
-    s, t = ddpm.make_schedule(), torch.tensor([0, 999, 300, 41])
+    t = torch.tensor([0, 999, 300, 41])
     x_0, eps, answer = normal(3, 4, 2, 4, 4)
-    spy = Watched(answers(answer))
-    near(ddpm.loss_simple(spy, x_0, t, eps, s), (answer - eps).square().mean((1, 2, 3)), 1e-12)
-    a = s.alpha_bar[t].view(4, 1, 1, 1)
-    near(spy[0][0], a.sqrt() * x_0 + (1 - a).sqrt() * eps, 1e-12)
-    assert spy[0][1] == t.tolist()
+    network = Watched(answers(answer))
+    loss = ddpm.loss_simple(network, x_0, t, eps, SCHEDULE)
+    near(loss, (answer - eps).square().mean((1, 2, 3)), 1e-12)
+    x_t, asked = network[0]
+    a = SCHEDULE.alpha_bar[t].view(4, 1, 1, 1)
+    near(x_t, a.sqrt() * x_0 + (1 - a).sqrt() * eps, 1e-12)
+    assert asked == t.tolist()
 
 
 def test_ddpm_eq8_adds_no_noise_at_the_end():
-    """A step adds √β_t z or √β̃_t z to the mean, and the last step nothing; another word for the variance is refused."""
-    s, (x_t, z, eps) = ddpm.make_schedule(), normal(3, 2, 1, 4, 4)
-    for t, (variance, table) in itertools.product((0, 1, 500, 999), (("large", s.beta), ("small", s.beta_tilde))):
-        noise = ddpm.p_step(answers(eps), x_t, t, z, s, variance) - ddpm.p_mean(answers(eps), x_t, t, s)
-        near(noise, table[t].sqrt() * z if t else 0, 1e-12)
-    raises("large or small, not Large", ddpm.p_step, answers(eps), x_t, 5, z, s, "Large")
-    raises("large or small, not beta", ddpm.bound, answers(eps), x_t, s, "beta")
-
-
-def test_ddpm_eq8_reverse_yields_x_t_at_t():
-    """For one x_0 and the small variance, (t, x_t) of reverse() has the mean and variance of (2), down to x_0."""
-    s, n, x_0 = ddpm.make_schedule(20, 0.01, 0.4), 40_000, torch.tensor([0.5, -0.2]).double().view(2, 1, 1)
-    x_T = s.signal[-1] * x_0 + s.noise[-1] * normal(n, 2, 1, 1)
-    spy, state = Watched(oracle(x_0, s)), torch.get_rng_state()
-    pairs = list(ddpm.reverse(spy, x_T, s, "small", False, torch.Generator().manual_seed(50)))
-    assert [t for t, _ in pairs] == list(range(19, -2, -1)) and torch.equal(pairs[0][1], x_T)
-    for t, x in pairs[:-1]:
-        near(x.mean(0), s.signal[t] * x_0, 5 * s.noise[t] / n**0.5)  # 5 standard errors
-        near(x.var(0), s.noise[t] ** 2, 5 * s.noise[t] ** 2 * (2 / n) ** 0.5)
-    near(pairs[-1][1], x_0, 1e-9)
-    assert all(asked == [t] * n and x is seen for (t, x), (seen, asked) in zip(pairs, spy))
-    assert torch.equal(state, torch.get_rng_state())  # only its own generator
+    """A step adds √β_t z or √β̃_t z to the mean, and the last step nothing."""
+    x_t, z, eps = normal(3, 2, 1, 4, 4)
+    for variance, table in ("large", SCHEDULE.beta), ("small", SCHEDULE.beta_tilde):
+        for t in 0, 1, 999:
+            x = ddpm.p_step(answers(eps), x_t, t, z, SCHEDULE, variance)
+            mean = ddpm.p_mean(answers(eps), x_t, t, SCHEDULE)
+            near(x - mean, table[t].sqrt() * z if t else 0, 1e-12)
 
 
 def test_ddpm_eq9_decoder():
-    """The 256 bytes share all probability, each has the integral of its bin, and far away it is small but finite."""
-    values = (torch.arange(256).double() / 127.5 - 1).view(256, 1, 1, 1)
-    for mean, sigma in itertools.product((-1.3, -1.0, 0.0011, 0.7), (0.0073, 0.1, 0.5)):
-        mean, sigma = torch.tensor(mean).double(), torch.tensor(sigma).double()
-        p = ddpm.log_decoder(values, mean, sigma).exp()
-        near(p.sum(), 1, 1e-12)
-        edges = torch.arange(-254, 255, 2).double() / 255
-        want = D.Normal(mean, sigma).cdf(edges).diff()
-        near(p[1:-1], want, 1e-12)
-        near(p[0], D.Normal(mean, sigma).cdf(edges[0]), 1e-12)
+    """Each byte has the integral of its bin, and black and white have that of a tail."""
+    x = (torch.arange(256).double() / 127.5 - 1).view(256, 1, 1, 1)
+    edges = torch.arange(-254, 255, 2).double() / 255
+    for mean, sigma in itertools.product((-1.3, 0.0011, 0.7), (0.0073, 0.5)):
+        mean, sigma = torch.tensor([mean, sigma]).double()
+        cdf = D.Normal(mean, sigma).cdf(edges)
+        cdf = F.pad(cdf, (1, 0), value=0)
+        cdf = F.pad(cdf, (0, 1), value=1)
+        near(ddpm.log_decoder(x, mean, sigma).exp(), cdf.diff(), 1e-12)
+
+
+def test_ddpm_eq9_far_away():
+    """Many standard deviations away the probability of a byte is small but precise, and never zero."""
+    far = torch.tensor([3.0, 8, 35]).double()  # from the nearer edge of the bin, half a standard deviation wide
     sigma = torch.tensor(4 / 255).double()
-    for far, side in itertools.product((3.0, 8.0, 35.0), (1, -1)):  # the bin is half a standard deviation wide
-        near_edge, far_edge = torch.special.log_ndtr(torch.tensor([-far, -far - 0.5]).double())
-        want = near_edge + torch.log1p(-(far_edge - near_edge).exp())
-        near(ddpm.log_decoder(values[100:101], values[100] + side * (1 / 255 + far * sigma), sigma), want, 0, 1e-6)
-    x = values[::8].reshape(2, 1, 4, 4).float()
-    far = ddpm.log_decoder(x, x + 50, sigma)
-    assert far.shape == (2,) and far.dtype == torch.float32 and torch.isfinite(far).all() and (far < -100).all()
+    ratio = torch.special.log_ndtr(-far - 0.5) - torch.special.log_ndtr(-far)
+    want = torch.special.log_ndtr(-far) + torch.log1p(-ratio.exp())
+    x = torch.full((3, 1, 1, 1), -55 / 255).double()
+    offset = (1 / 255 + far * sigma).view(3, 1, 1, 1)
+    for side in 1, -1:
+        near(ddpm.log_decoder(x, x + side * offset, sigma), want, 0, 1e-6)
+    nowhere = ddpm.log_decoder(x.float(), x + 50, sigma)
+    assert nowhere.isfinite().all() and (nowhere < -100).all()
 
 
 def test_ddpm_network():
     """The U-Net keeps any shape that it can halve twice, uses t and every weight, and no image sees its neighbours."""
-    for channels, size in (1, 8), (3, 12), (1, 28):
+    t = torch.tensor([0, 500, 999])
+    for channels, size in (1, 8), (3, 12):
         model = woken(ddpm.UNet(channels, size, 8))
         x = normal(3, channels, size, size).float()
-        t = torch.tensor([0, 500, 999])
         y = model(x, t)
-        assert y.shape == x.shape and model.shape == (channels, size, size)
+        assert y.shape == x.shape and model.shape == x.shape[1:]
         near(y[1:2], model(x[1:2], t[1:2]), 1e-4)
-        assert (model(x, t.flip(0))[[0, 2]] - y[[0, 2]]).abs().amax((1, 2, 3)).min() > 1e-3
+        other = model(x, t.flip(0))
+        assert min((y - other)[i].abs().max() for i in (0, 2)) > 1e-3
         y.square().mean().backward()
         assert all(p.grad.any() for p in model.parameters())
     for size, width in (30, 8), (28, 12):
@@ -3996,31 +4004,22 @@ def test_ddpm_network():
 
 def test_ddpm_sample():
     """sample() returns as many images as asked for, chunk by chunk, equal for equal seeds, and states of the first."""
-    x_0, s = normal(1, 2, 2).float().clamp(-1, 1), ddpm.make_schedule().to("cpu")
-    knows, strip = Net(oracle(x_0, s)), {999: None, 600: None, -1: None}
-    x = quiet(ddpm.sample, knows, 12, chunk=9, strip=strip)
+    x_0 = normal(1, 2, 2).float().clamp(-1, 1)
+    network = Net(oracle(x_0, SCHEDULE.to("cpu")))
+    strip = dict.fromkeys((999, 600, -1))
+    x = quiet(ddpm.sample, network, 12, chunk=9, strip=strip)
     near(x, x_0.expand(12, 1, 2, 2), 1e-4)
-    assert knows.asked == [[t] * n for n in (9, 3) for t in reversed(range(1000))]
-    assert torch.equal(strip[-1], x[:9]) and strip[600].shape == (9, 1, 2, 2)
-    near(strip[600], s.signal[600] * x_0, 5 * s.noise[600])
-    g = torch.Generator().manual_seed(0)
-    assert torch.equal(strip[999], torch.randn(9, 1, 2, 2, generator=g))
-    draw = functools.partial(quiet, ddpm.sample, Net(lambda x, t: torch.zeros_like(x)), 5, chunk=2)
-    one = draw(clip=False)
-    assert torch.equal(one, draw(clip=False)) and not torch.equal(one, draw(clip=False, seed=1))
-    assert len(one.unique(dim=0)) == 5 and one.abs().max() > 1 and draw().abs().max() <= 1
-    assert not torch.equal(one, draw(clip=False, variance="small"))
-
-
-def test_ddpm_learns_two_images():
-    """After training on two images, in 100 larger steps, each sample is nearly one of them, and both are found."""
-    images = ddpm.draw_digits(8, 8)[[1, 7]].repeat(4, 1, 1, 1)
-    with mock.patch.object(ddpm, "make_schedule", return_value=ddpm.make_schedule(100, 1e-3, 0.2)):
-        model = quiet(ddpm.train, images, iters=200, batch=16, width=16, lr=1e-2)
-        x = quiet(ddpm.sample, model, 16)
-    distance = torch.cdist(x.flatten(1), images[:2].flatten(1) / 127.5 - 1) / 8
-    assert (distance.amin(1) < 0.25).double().mean() > 0.9, distance
-    assert 2 <= (distance.argmin(1) == 0).sum() <= 14
+    assert network.asked == [[t] * n for n in (9, 3) for t in reversed(range(1000))]
+    x_T = torch.randn(9, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    same(strip[999], x_T)
+    same(strip[-1], x[:9])
+    near(strip[600], SCHEDULE.signal[600] * x_0.expand(9, 1, 2, 2), 5 * SCHEDULE.noise[600])
+    draw = functools.partial(quiet, ddpm.sample, Net(answers(torch.zeros(1))), 3, chunk=2)
+    x = draw(clip=False)
+    same(x, draw(clip=False))
+    others = [draw(clip=False, seed=1), draw(clip=False, variance="small")]
+    assert len(torch.cat([x, *others]).unique(dim=0)) == 9
+    assert x.abs().max() > 1 >= draw().abs().max()
 
 
 def test_ddpm_command():
@@ -4034,54 +4033,63 @@ def test_ddpm_command():
             status, out, err = call(ddpm, "--variance small --bound 3 --samples 9 --out run".split())
         assert (status, err) == (0, ""), err
         strip = dict.fromkeys((999, 299, -1))
-        x = quiet(ddpm.sample, model, 9, "small", True, 4, strip=strip)
+        x = quiet(ddpm.sample, model, 9, "small", seed=4, strip=strip)
         assert np.array_equal(np.load("run/samples.npy"), ddpm.to_uint8(x)[:, 0])
-        shown = torch.stack([*strip.values()], dim=1)[:8]
-        alike(tiles("run/strip.png")[:, [0, 4, 9]], ddpm.to_uint8(shown))
-        s = ddpm.make_schedule().to("cpu")
-        at_noise = ddpm.guess(model, strip[999][:8], 999, s)
-        guesses = tiles("run/guesses.png")[:, [0, 9]]
-        alike(guesses, ddpm.to_uint8(torch.stack([at_noise, strip[-1][:8]], dim=1)))
+        states = torch.stack([*strip.values()], dim=1)[:8]
+        alike(tiles("run/strip.png")[:, [0, 4, 9]], ddpm.to_uint8(states))
+        first_guess = ddpm.guess(model, strip[999][:8], 999, SCHEDULE.to("cpu"))
+        guesses = torch.stack([first_guess, strip[-1][:8]], dim=1)
+        alike(tiles("run/guesses.png")[:, [0, 9]], ddpm.to_uint8(guesses))
         with Image.open("run/samples.gif") as film:
             assert film.n_frames == 11
         x_0 = ddpm.load_images("pics", 8, test=True)[:3].float() / 127.5 - 1
-        generator = torch.Generator().manual_seed(4)
-        bits = quiet(ddpm.bound, model, x_0, ddpm.make_schedule().to("cpu"), "small", True, generator).numpy()
-        number = r"(\d+\.\d+)"
-        said = rf"3 test images: {number} \+- {number} bits/dim = L_T {number} \+ L_1:T-1 {number} \+ L_0 {number}\n"
-        total, error, L_T, L_mid, L_0 = map(float, re.search(said, out).groups())
-        near(L_T, bits[:, 1000].mean(), 1e-5)
-        near(L_mid, bits[:, 1:1000].sum(1).mean(), 6e-4, 1e-6)
-        near(L_0, bits[:, 0].mean(), 6e-4, 1e-6)
-        near(total, bits.sum(1).mean(), 6e-4, 1e-6)
-        near(error, np.std(bits.sum(1)) / 3**0.5, 6e-4, 1e-5)
-        status, out, err = call(ddpm, "--bound -1 --out run".split())
-        assert status == 1 and "--bound -1" in err
+    generator = torch.Generator().manual_seed(4)
+    bits = quiet(ddpm.bound, model, x_0, SCHEDULE.to("cpu"), "small", generator=generator)
+    total = bits.sum(1)
+    error = total.std(correction=0) / 3**0.5
+    number = r"(\d+\.\d+)"
+    said = rf"3 test images: {number} \+- {number} bits/dim = L_T {number} \+ L_1:T-1 {number} \+ L_0 {number}\n"
+    printed = [float(text) for text in re.search(said, out).groups()]
+    parts = [bits[:, 1000], bits[:, 1:1000].sum(1), bits[:, 0]]
+    near(printed, [total.mean(), error, *[part.mean() for part in parts]], 6e-4, 1e-6)
+    near(printed[2], parts[0].mean(), 1e-5)
+
+
+def test_ddpm_eq8_diffusers():
+    """A step is that of diffusers 0.42.1, a judge that readers know."""
+    # scheduler = diffusers.DDPMScheduler(1000, variance_type="fixed_large"), its randn_tensor replaced by z
+    # scheduler.step(eps, t, x).prev_sample
+    x, eps, z = torch.tensor(
+        [[0.5, -1.2, 0.3, 2.0], [0.1, -0.7, 1.1, 0.4], [1.0, -0.5, 0.25, 2.0]], dtype=torch.float64
+    ).view(3, 1, 1, 2, 2)
+    for variance, t, want in (
+        ("large", 999, [0.636524, -1.258777, 0.332212, 2.262868]),
+        ("large", 1, [0.510145, -1.096364, 0.293844, 1.476563]),
+        ("small", 500, [0.600366, -1.246111, 0.320237, 2.191779]),
+        ("small", 1, [0.506579, -1.094581, 0.292952, 1.469430]),
+        ("large", 0, [0.499025, -1.0, 0.289014, 1.0]),
+    ):
+        got = ddpm.p_step(lambda x, t: eps, x, t, z, ddpm.make_schedule(), variance)
+        near(got.flatten(), want, 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- ddim.py ------------
-def alpha_bars(T=1000):
-    """ᾱ of DDPM's linear schedule, by numpy, with a last entry 1 for t = -1."""
-    return torch.from_numpy(np.append(np.exp(np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, T)))), 1.0))
-
-
-def only_image(x_0):
-    """The exact noise estimate when x_0 is the only image that there is."""
-    a = alpha_bars()
-    return lambda x_t, t: (x_t - a[t].sqrt().view(-1, 1, 1, 1) * x_0) / (1 - a[t]).sqrt().view(-1, 1, 1, 1)
+ALPHA_BAR = ddim.make_alpha_bar()
 
 
 def test_ddim_eq1_eq2_loss():
     """The network sees x_t as (1) makes it and t as it is; the loss is the mean squared error of its answer."""
-    a, t = alpha_bars(), torch.tensor([0, 999, 300, 41])
-    near(ddim.make_alpha_bar(), a[:-1], 1e-12)
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    near(ALPHA_BAR, a, 1e-12)
+    t = torch.tensor([0, 999, 300, 41])
     x_0, eps, answer = normal(3, 4, 2, 4, 4)
-    spy = Watched(lambda x, t: answer)
-    loss = ddim.loss_gamma(spy, x_0, t, eps, ddim.noise_tables(ddim.make_alpha_bar()))
+    network = Watched(answers(answer))
+    loss = ddim.loss_gamma(network, x_0, t, eps, ddim.noise_tables(ALPHA_BAR))
     near(loss, (answer - eps).square().mean((1, 2, 3)), 1e-12)
-    x_t = a[t].sqrt().view(4, 1, 1, 1) * x_0 + (1 - a[t]).sqrt().view(4, 1, 1, 1) * eps
-    near(spy[0][0], x_t, 1e-6)  # float32
-    assert spy[0][1] == t.tolist()
+    x_t, asked = network[0]
+    a_t = torch.from_numpy(a[t]).view(4, 1, 1, 1)
+    near(x_t, a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps, 1e-6)  # float32
+    assert asked == t.tolist()
 
 
 def test_ddim_eq2_draw_t():
@@ -4094,146 +4102,141 @@ def test_ddim_eq2_draw_t():
 
 
 def test_ddim_eq3_noise_follows_the_clipped_image():
-    """Where the estimate of x_0 is clipped, the step leads from x_t to the clipped x_0: the last step ends there."""
-    a, x_T = alpha_bars()[:-1], normal(1, 1, 2, 2)
-    for clip, want in (True, 1.0), (False, 3.0):
-        model = only_image(torch.full((1, 1, 2, 2), 3.0, dtype=torch.float64))
-        near(ddim.step(model, x_T, 500, -1, a, clip=clip), want, 1e-9)
-        noise = ddim.step(model, x_T, 500, 250, a, clip=clip) - a[250].sqrt() * want
-        near(noise / (1 - a[250]).sqrt(), (x_T - a[500].sqrt() * want) / (1 - a[500]).sqrt(), 1e-9)
+    """Where the estimate of x_0 is clipped, the step leads from x_t to the clipped x_0."""
+    x_t = normal(1, 1, 2, 2)
+    model = oracle(torch.tensor(3.0))
+    for clip, x_0 in (True, 1.0), (False, 3.0):
+        eps = (x_t - SCHEDULE.signal[500] * x_0) / SCHEDULE.noise[500]
+        want = SCHEDULE.signal[250] * x_0 + SCHEDULE.noise[250] * eps
+        near(ddim.step(model, x_t, 500, 250, ALPHA_BAR, clip=clip), want, 1e-9)
 
 
 def test_ddim_eq3_eq4_eq5_eq6_marginals():
     """Given x_0, x_p has mean and variance of (1) for any η and p, and for η = 1 the σ of Bayes' rule."""
-    a, one, zero = alpha_bars(), torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
-    for t, p in (999, 998), (999, 0), (999, -1), (700, 350), (20, 3), (1, 0), (0, -1):
-        ratio = a[t] / a[p]
-        bayes = 1 / (ratio / (1 - ratio) + 1 / (1 - a[p])) if p >= 0 else 0.0  # precisions add up
-        for eta, clip in itertools.product((0.0, 0.3, 1.0), (True, False)):
-            found = []
-            for x_0, eps, z in (one, zero, zero), (zero, one, zero), (zero, zero, one):
-                x_t = a[t].sqrt() * x_0 + (1 - a[t]).sqrt() * eps
-                found.append(ddim.step(only_image(x_0), x_t, t, p, a[:-1], eta, z, clip).item())
-            mean, c, sigma = found
-            near([mean, c**2 + sigma**2, sigma**2], [a[p] ** 0.5, 1 - a[p], eta**2 * bayes], 1e-9)
+    x_0, eps, z = torch.eye(3).double().view(3, 3, 1, 1, 1)  # a step is linear: what becomes of each
+    for t, p in (999, 998), (999, -1), (700, 350), (20, 3), (0, -1):
+        a_t = ALPHA_BAR[t]
+        a_p = ALPHA_BAR[p] if p >= 0 else torch.tensor(1.0)
+        ratio = a_t / a_p
+        bayes = 1 / (ratio / (1 - ratio) + 1 / (1 - a_p))  # precisions add up
+        x_t = a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps
+        for eta in 0.0, 0.3, 1.0:
+            x_p = ddim.step(oracle(x_0), x_t, t, p, ALPHA_BAR, eta, z, clip=False)
+            mean, c, sigma = x_p.flatten()
+            near([mean, sigma**2], [a_p.sqrt(), eta**2 * bayes], 1e-9)
+            near(c**2 + sigma**2, 1 - a_p, 1e-9)
     for eta in -0.1, 1.1, math.nan:
-        raises("--eta", ddim.step, only_image(one), one, 9, 3, a[:-1], eta)
-
-
-def test_ddim_eq5_is_ddpm():
-    """With η = 1 and p = t - 1 a step is DDPM's with the small variance; with η = 0 nothing is random."""
-    a, s, (x, z) = alpha_bars(), ddpm.make_schedule(), normal(2, 3, 2, 4, 4)
-    curved = lambda x, t: torch.sin(2 * x + 0.002 * t.view(-1, 1, 1, 1)) + 0.3 * x.flip(-1)
-    for t, clip in itertools.product((0, 1, 500, 999), (True, False)):
-        want = ddpm.p_step(curved, x, t, z, s, "small", clip)
-        near(ddim.step(curved, x, t, t - 1, a[:-1], 1.0, z, clip), want, 1e-9)
-    with mock.patch.object(torch, "randn", side_effect=AssertionError("random")):
-        same(ddim.decode(curved, x, a[:-1], 7), ddim.decode(curved, x, a[:-1], 7))
+        raises("--eta", ddim.step, oracle(x_0), x_0, 9, 3, ALPHA_BAR, eta)
 
 
 def test_ddim_eq7_tau():
     """The S pairs (t, p) fall from T-1 to -1, each p is the next t, and the values are those of the ceilings."""
-    for S, spacing in itertools.product((1, 2, 7, 50, 333, 999, 1000), ("linear", "quad")):
+    for S, (n, spacing) in itertools.product((1, 7, 333, 1000), ((1, "linear"), (2, "quad"))):
         t, p = zip(*ddim.make_tau(1000, S, spacing))
-        n = 2 if spacing == "quad" else 1
-        assert t[::-1] == tuple(max(-(-1000 * i**n // S**n), i) - 1 for i in range(1, S + 1))
-        assert p == (*t[1:], -1) and all(a > b for a, b in zip(t, p))
+        ceilings = [-(-1000 * i**n // S**n) for i in range(1, S + 1)]
+        assert list(reversed(t)) == [max(ceiling, i) - 1 for i, ceiling in enumerate(ceilings, 1)]
+        assert p == (*t[1:], -1)
     assert ddim.make_tau(1000, 5, "quad") == [(999, 639), (639, 359), (359, 159), (159, 39), (39, -1)]
-    assert ddim.make_tau(10, 3) == [(9, 6), (6, 3), (3, -1)] and ddim.make_tau(1, 1) == [(0, -1)]
-    for S in 0, -3, 1001:
+    for S in 0, 1001:
         raises(f"steps.*1000.*{S}", ddim.make_tau, 1000, S)
     raises("spacing.*Quad", ddim.make_tau, 1000, 10, "Quad")
 
 
 def test_ddim_eq8_solves_the_ode():
     """For Gaussian pixels decoding and encoding converge to the exact solution of the ODE, with errors like 1 / S."""
-    a, mean, std = alpha_bars(), 0.3, 0.4
-    stds = lambda t: (a[t] * std**2 + 1 - a[t]).sqrt().view(-1, 1, 1, 1)
-
-    def model(x, t):
-        signal, noise = a[t].sqrt().view(-1, 1, 1, 1), (1 - a[t]).sqrt().view(-1, 1, 1, 1)
-        return noise * (x - signal * mean) / stds(t) ** 2
-
+    mean, std = 0.3, 0.4
+    signal, noise = (table.view(-1, 1, 1, 1) for table in (SCHEDULE.signal, SCHEDULE.noise))
+    stds = (signal**2 * std**2 + noise**2).sqrt()  # of x_t
+    network = Watched(lambda x, t: noise[t] * (x - signal[t] * mean) / stds[t] ** 2)
     x_0 = mean + std * normal(500, 1, 1, 2)
-    x_T = a[999].sqrt() * mean + stds(torch.tensor([999])) * (x_0 - mean) / std
+    x_T = signal[999] * mean + stds[999] * (x_0 - mean) / std
     for spacing in "linear", "quad":
         errors = []
-        for S in 25, 50, 100, 200:
-            spy = Watched(model)
-            latent = ddim.encode(spy, x_0, a[:-1], S, spacing)
-            assert [t[0] for _, t in spy] == [max(p, 0) for t, p in reversed(ddim.make_tau(1000, S, spacing))]
-            x = ddim.decode(model, x_T, a[:-1], S, 0.0, spacing, False)
-            errors.append([(v - w).square().mean().sqrt().item() for v, w in ((x, x_0), (latent, x_T))])
-        for few, many in zip(errors, errors[1:]):
-            assert all(1.5 < a / b < 2.5 for a, b in zip(few, many)), errors
+        for S in 50, 100:
+            network.clear()
+            latent = ddim.encode(network, x_0, ALPHA_BAR, S, spacing)
+            asked = [t[0] for _, t in network]
+            assert asked == [max(p, 0) for _, p in reversed(ddim.make_tau(1000, S, spacing))]
+            x = ddim.decode(network, x_T, ALPHA_BAR, S, 0.0, spacing, False)
+            errors.append([(x - x_0).norm(), (latent - x_T).norm()])
+        near(torch.tensor(errors[0]) / torch.tensor(errors[1]), 2, 0.3)
 
 
 def test_ddim_eq9_slerp():
-    """slerp starts at x, ends at y and turns by equal angles, whatever their lengths; parallel latents are no harm."""
-    angle = lambda x, y: torch.arccos((x * y).sum() / x.norm() / y.norm())
-    for slerp, seed in itertools.product((ddim.slerp, gan.slerp), range(6)):
-        x, y = normal(2, 48, seed=seed)
-        y = 3 * y
-        ends = [slerp(x, y, 0.0), slerp(x, y, 1.0), slerp(x, -3 * x, 0.5), slerp(x, x, 0.3)]
-        near(torch.cat(ends), torch.cat([x, y, -x, x]), 1e-9)
-        theta = angle(x, y)
-        for a in 0.1, 0.5, 0.9:  # the components along x and y, as the sine rule has them
-            gram = torch.stack([x, y]) @ torch.stack([x, y]).T
-            z = torch.linalg.solve(gram, torch.stack([x, y]) @ slerp(x, y, a))
-            near(z * torch.sin(theta), [torch.sin((1 - a) * theta), torch.sin(a * theta)], 1e-7)
-        near(angle(x, slerp(x, y * x.norm() / y.norm(), 0.3)), 0.3 * theta, 1e-7)
+    """slerp follows the sine rule from x to y, whatever their lengths; parallel latents are no harm."""
+    x, y = normal(2, 48)
+    y = 3 * y
+    cos = x @ y / x.norm() / y.norm()
+    sin = (1 - cos**2).sqrt()
+    theta = torch.atan2(sin, cos)
+    for slerp in ddim.slerp, gan.slerp:
+        for a in 0.0, 0.3, 0.9, 1.0:
+            weights = torch.linalg.lstsq(torch.stack([x, y], 1), slerp(x, y, a)[:, None]).solution
+            near(weights[:, 0] * sin, [torch.sin((1 - a) * theta), torch.sin(a * theta)], 1e-9)
+        near(slerp(x, x, 0.3), x, 1e-9)
+        near(slerp(x, -3 * x, 0.5), -x, 1e-9)
 
 
 def test_ddim_sample():
     """sample() returns as many images as asked for, chunk by chunk, in S steps as spaced, equal for equal seeds."""
     x_0 = normal(1, 2, 2).float().clamp(-1, 1)
-
-    class Net(nn.Module):
-        shape, asked = (1, 2, 2), []
-
-        def __init__(self, answer):
-            super().__init__()
-            self.weight, self.answer = nn.Parameter(torch.zeros(1)), answer
-
-        def forward(self, x, t):
-            self.asked.append(t.tolist())
-            return self.answer(x, t).float()
-
-    near(quiet(ddim.sample, Net(only_image(x_0)), 5, 7, 0.0, "quad", chunk=2), x_0.expand(5, 1, 2, 2), 1e-4)
-    assert Net.asked == [[t] * n for n in (2, 2, 1) for t, _ in ddim.make_tau(1000, 7, "quad")]
-    for eta in 0.0, 1.0:
-        draw = functools.partial(quiet, ddim.sample, Net(lambda x, t: 0 * x), 5, 7, eta, clip=False, chunk=2)
-        assert torch.equal(draw(), draw()) and not torch.equal(draw(), draw(seed=1)) and len(draw().unique(dim=0)) == 5
+    network = Net(oracle(x_0, SCHEDULE.to("cpu")))
+    x = quiet(ddim.sample, network, 5, 7, 0.0, "quad", chunk=2)
+    near(x, x_0.expand(5, 1, 2, 2), 1e-4)
+    assert network.asked == [[t] * n for n in (2, 2, 1) for t, _ in ddim.make_tau(1000, 7, "quad")]
+    draw = functools.partial(quiet, ddim.sample, Net(answers(torch.zeros(1))), 5, 7, clip=False, chunk=2)
+    same(draw(eta=1.0), draw(eta=1.0))
+    assert len(torch.cat([draw(), draw(eta=1.0), draw(seed=1)]).unique(dim=0)) == 15
 
 
 def test_ddim_command():
     """--model samples a checkpoint of ddpm.py with its own data; pictures and printed errors are what they say."""
+    words = "--model ddpm/model.pt --steps 3 --eta 1 --spacing quad --seed 4 --samples 2 --compare 5,2 --out run"
     with workdir() as here:
         grey(here)
         images = ddpm.load_images("pics", 8)
         quiet(ddpm.train, images, iters=2, batch=2, width=8, path=here / "ddpm" / "model.pt", data="pics")
-        model, a = woken(ddim.load("ddpm/model.pt")), ddim.make_alpha_bar()
-        words = "--model ddpm/model.pt --steps 3 --eta 1 --spacing quad --seed 4 --samples 2 --compare 5,2 --out run"
+        model = woken(ddim.load("ddpm/model.pt"))
         load = mock.patch.object(ddim, "load", lambda path, device: model)
         with load, mock.patch.object(ddim, "train", side_effect=AssertionError):
             status, out, err = call(ddim, words.split())
         assert (status, err) == (0, ""), err
-        want = quiet(ddim.sample, model, 2, 3, 1.0, "quad", True, 4)
-        assert np.array_equal(np.load("run/samples.npy"), ddim.to_uint8(want)[:, 0])
+        x = quiet(ddim.sample, model, 2, 3, 1.0, "quad", seed=4)
+        assert np.array_equal(np.load("run/samples.npy"), ddim.to_uint8(x)[:, 0])
         x_T = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(4))
-        rows = [ddim.decode(model, x_T, a, S, 0.0, "quad")[:10] for S in (5, 2)]
+        rows = [ddim.decode(model, x_T, ALPHA_BAR, S, 0.0, "quad")[:10] for S in (5, 2)]
         alike(tiles("run/compare.png"), ddim.to_uint8(torch.cat(rows)))
-        ends = ddim.to_uint8(ddim.decode(model, x_T[:12], a, 3, 0.0, "quad"))
-        alike(tiles("run/slerp.png")[:, [0, 9]], ends)
-        x_0 = ddim.load_images("pics", 8, test=True)[:16].float() / 127.5 - 1
-        back = [ddim.decode(model, ddim.encode(model, x_0, a, S, "quad"), a, S, 0.0, "quad", False) for S in (10, 200)]
-        alike(tiles("run/reconstructions.png")[[0, 1, 5]], ddim.to_uint8(torch.cat([x_0, *back])))
-        for S, x in zip((10, 200), back):
-            error = float(re.search(rf"in {S} steps each: mean squared error ([\d.]+)", out)[1])
-            near(error, (x - x_0).square().mean() / 4, 1e-5, 1e-3)
-        images_per_second = re.search(r"5 steps: +([\d.]+) s for 32 images, +([\d.]+) images/s", out)
-        seconds, rate = map(float, images_per_second.groups())
-        assert abs(rate * seconds - 32) < 0.05 * 32 + 0.01 * rate, out
+        ends = ddim.decode(model, x_T[:12], ALPHA_BAR, 3, 0.0, "quad")
+        alike(tiles("run/slerp.png")[:, [0, 9]], ddim.to_uint8(ends))
+        x_0 = ddim.load_images("pics", 8, test=True).float() / 127.5 - 1
+        latents = ddim.encode(model, x_0, ALPHA_BAR, 10, "quad")
+        x = ddim.decode(model, latents, ALPHA_BAR, 10, 0.0, "quad", False)
+        alike(tiles("run/reconstructions.png")[:2], ddim.to_uint8(torch.cat([x_0, x])))
+    error = float(re.search(r"in 10 steps each: mean squared error ([\d.]+)", out)[1])
+    near(error, (x - x_0).square().mean() / 4, 1e-5, 1e-3)
+    timed = re.search(r"5 steps: +([\d.]+) s for 32 images, +([\d.]+) images/s", out)
+    seconds, rate = map(float, timed.groups())
+    assert abs(rate * seconds - 32) < 0.05 * 32 + 0.01 * rate, out
+
+
+def test_ddim_eq5_diffusers():
+    """A step is that of diffusers 0.42.1, a judge that readers know."""
+    # scheduler = diffusers.DDIMScheduler(1000); scheduler.set_timesteps(50); v = lambda *x: torch.tensor(x).double()
+    # scheduler.step(v(.1, -.7, 1.1, .4), t, v(.5, -1.2, .3, 2), eta=eta, use_clipped_model_output=True,
+    #                variance_noise=v(1, -.5, .25, 2)).prev_sample
+    x, eps, z = torch.tensor(
+        [[0.5, -1.2, 0.3, 2.0], [0.1, -0.7, 1.1, 0.4], [1.0, -0.5, 0.25, 2.0]], dtype=torch.float64
+    ).view(3, 1, 1, 2, 2)
+    for t, p, eta, want in (
+        (980, 960, 0.0, [0.501659, -1.201649, 0.298330, 2.001638]),
+        (980, 960, 0.5, [0.766129, -1.294678, 0.356798, 2.488823]),
+        (500, 480, 0.0, [0.527031, -1.220522, 0.265529, 2.013082]),
+        (500, 480, 0.5, [0.731755, -1.303052, 0.303898, 2.391238]),
+        (20, 0, 0.5, [0.499438, -1.024717, 0.224387, 1.119930]),
+        (0, -1, 0.5, [0.499025, -1.0, 0.289014, 1.0]),
+    ):
+        got = ddim.step(lambda x, t: eps, x, t, p, ddim.make_alpha_bar(), eta, z)
+        near(got.flatten(), want, 2e-5)
 
 
 # --------------------------------------------------------------------------------------- rectified_flow.py ------------

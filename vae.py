@@ -19,6 +19,7 @@ z             z               latents, (N, latent)
 ε             eps             standard normal noise, (N, latent)
 l             logits          log(y / (1 - y)), y the probability that a pixel is 1: model.decode(z)
 log p(x|z)    log_p           in nats, (N,): model.log_likelihood(x, z)
+KL(q ‖ p)     kl              𝔼_q[log q - log p] ≥ 0, where 𝔼_q averages over z from q; nats, (N,)
 K             k               number of samples of z per image in the bound (9)
 
 Model. An image is generated in two steps, first z, then its pixels:
@@ -26,13 +27,13 @@ Model. An image is generated in two steps, first z, then its pixels:
   (1)  z ~ N(0, I),  x ~ p(x|z),  so that  p(x) = ∫ p(x|z) p(z) dz
 
 Maximum likelihood needs p(x) for each training image, but almost no z generates a given x, so the
-average of p(x|z) over samples of p(z) is hopeless. It takes samples of the posterior p(z|x). The
-encoder approximates the posterior by a Gaussian:
+average of p(x|z) over samples of p(z) is a hopeless estimate. Samples of the posterior p(z|x) are
+needed instead. The encoder approximates the posterior by a Gaussian:
 
   (2)  q(z|x) = N(μ(x), diag σ²(x))                                                              [9]
 
-The bound. By Bayes' rule p(x) = p(x|z) p(z) / p(z|x) for every z. Take the logarithm, multiply
-numerator and denominator by q(z|x), and average over q(z|x):
+The bound. By Bayes' rule p(x) = p(x|z) p(z) / p(z|x) for every z. Multiply numerator and
+denominator by q(z|x), take the logarithm, and average over z from q(z|x):
 
   log p(x) = 𝔼_q[log p(x|z)] - KL(q(z|x) ‖ p(z)) + KL(q(z|x) ‖ p(z|x))
 
@@ -48,48 +49,47 @@ from ε, whose distribution is fixed (the reparameterisation trick):
 
   (4)  z = μ + σ ε,  ε ~ N(0, I)                                                                 [4]
 
-The KL is exact. For each latent, -2 𝔼_q log p(z) = log 2π + μ² + σ² and -2 𝔼_q log q(z|x) =
-log 2π + log σ² + 1, so
+The KL is exact. For each latent, -2 𝔼_q[log p(z)] = log 2π + μ² + σ², and
+-2 𝔼_q[log q(z|x)] = log 2π + log σ² + 1, so
 
   (5)  KL(q(z|x) ‖ p(z)) = ½ Σ_latents (μ² + σ² - 1 - log σ²)                                   [10]
 
-Given z, the pixels are independent. As log y = l - log(1 + exp(l)), log(1 - y) = -log(1 + exp(l)),
+Given z, pixels are independent. As log y = l - log(1 + exp(l)) and log(1 - y) = -log(1 + exp(l)),
 
   (6)  log p(x|z) = Σ_pixels (x log y + (1 - x) log(1 - y)) = Σ_pixels (x l - log(1 + exp(l)))  [11]
 
   (7)  loss = -(1 / N) Σ_images ELBO(x),  over the N images of a batch                           [8]
 
-Data. A grey value is read as a probability, in each colour channel separately. Training images are
-binarised afresh at every use, test images once:
+Data. A byte is read as a probability. Training images are binarised at each use, test images once:
 
   (8)  x = 1 with probability byte / 255, else x = 0                                          [IWAE]
 
-Likelihood. K samples of z per image give a tighter bound than (3), its case K = 1. It never
-decreases with K, and converges to log p(x) if the w_k are bounded:
+Likelihood. Each w_k has mean p(x), and log is concave, so (9) holds for every K; K = 1 is (3).
+The bound never decreases with K, and it converges to log p(x) if the w_k are bounded:
 
   (9)  log p(x) ≥ 𝔼[log((1 / K) Σ_k w_k)],  w_k = p(x|z_k) p(z_k) / q(z_k|x),  z_k from (4)   [IWAE]
 
   (10)  log w_k = log p(x|z_k) + ½ Σ_latents (ε_k² - z_k² + log σ²)
 
-Latents. One that the encoder ignores has μ = 0, σ = 1 for all images, and no KL. It is active if
+Latents. If the encoder ignores latent j, μ_j = 0, σ_j = 1 and its KL is 0. Latent j is active if
 
   (11)  Var_x(μ_j(x)) > 0.01                                                                  [IWAE]
 
-With two latents one sees them all, in n² cells of equal probability. Φ is the normal CDF:
+Two latents can be shown as n² images, from cells of equal probability. Φ is the normal CDF:
 
-  (12)  z = Φ⁻¹(u) = √2 erf⁻¹(2 u - 1),  u = (i + ½) / n for i = 0 .. n-1               [Appendix A]
+  (12)  z_j = Φ⁻¹(u) = √2 erf⁻¹(2 u - 1),  u = (i + ½) / n for i = 0 .. n-1             [Appendix A]
 
 Pitfalls:
 - (6) is a sum. A mean over pixels weights the KL C H W times as much, and z is ignored. Break it:
   replace .sum(1) by .mean(1) in the line tagged (6) and test_vae_eq6_log_bernoulli fails.
-- log_var is log σ², so σ = exp(log_var / 2). The pictures show y, not samples of x.
+- log_var is log σ², so σ = exp(log_var / 2). Generated images show y, not samples of x.
 - x must be binary: for grey values, (6) is not a likelihood. With --channels 3, each channel of
   a pixel is binarised, so there are only eight colours.
 - log p(x) is negative; some papers print -log p(x). MNIST binarised only once is another data set.
 
 Differences from the paper:
 - Deeper networks with SiLU, not tanh, and a convolutional decoder; Adam, not Adagrad, with warm-up
-  and linear decay; no prior on the weights, but an EMA. --beta weights the KL in (7) (β-VAE, 2017).
+  and linear decay; an EMA of the weights, no prior on them. --beta weights the KL (β-VAE, 2017).
 
 python vae.py --data mnist --nll 500        trains in 126 s on two cores; (9) takes 309 s
 python vae.py --latent 2 --out out/plane    trains with two latents, and draws manifold.png
@@ -124,7 +124,7 @@ def binarise(images, generator=None):
 
 
 def reparameterise(mu, log_var, eps):
-    """z ~ N(mu, exp(log_var)) from standard normal eps, differentiable in mu and log_var."""
+    """A sample z of N(mu, diag exp(log_var)), differentiable in both, from standard normal eps (..., N, latent)."""
     return mu + (0.5 * log_var).exp() * eps  # (4)
 
 
@@ -139,7 +139,9 @@ def log_bernoulli(x, logits):
 
 
 def elbo(model, x, eps):
-    """The ELBO, its reconstruction term and its KL term in nats, (N,) each, with one sample of z per image."""
+    """The ELBO, its reconstruction term and its KL term in nats, (N,) each, from one sample of z per image.
+
+    x: binary, (N, C, H, W); eps: standard normal, (N, latent)."""
     mu, log_var = model.encode(x)
     z = reparameterise(mu, log_var, eps)
     reconstruction = model.log_likelihood(x, z)
@@ -148,13 +150,15 @@ def elbo(model, x, eps):
 
 
 def loss_elbo(model, x, eps, beta=1.0):
-    """The training loss in nats per image, and the means of the reconstruction and KL terms: three scalars."""
+    """The training loss in nats per image, and the means of the reconstruction and KL terms: three scalars.
+
+    x, eps: as for elbo(); beta: weight of the KL term, 1 for the ELBO."""
     _, reconstruction, kl = elbo(model, x, eps)
     return (beta * kl - reconstruction).mean(), reconstruction.mean(), kl.mean()  # (7)
 
 
 # ------------------------------------------------------------------------------------------------- network ------------
-# Any model with encode(x) -> mu, log_var and log_likelihood(x, z) would do. The pictures also need decode(z).
+# The loss needs encode(x) -> mu, log_var and log_likelihood(x, z), whatever the network; sampling also needs decode(z).
 class VAE(nn.Module):
     """Encoder and decoder of fully connected layers. The decoder ends in two transposed convolutions.
 
@@ -245,9 +249,9 @@ def train(
 # ---------------------------------------------------------------------------------- method: after training ------------
 @torch.inference_mode()
 def iwae_bound(model, x, k, generator=None, chunk=2000):
-    """A lower bound on log p(x) in nats, (N,), from k samples of z per image. Decodes max(N, chunk) images at once.
+    """An estimate of the bound (9) in nats, (N,), from k samples of z per image; x: binary, (N, C, H, W).
 
-    ValueError if k < 1."""
+    Decodes at most max(N, chunk) images at once. ValueError if k < 1."""
     if k < 1:
         raise ValueError(f"k = {k}: the bound needs at least one sample of z")
     mu, log_var = model.encode(x)
@@ -292,7 +296,7 @@ def sample(model, n, seed=0, chunk=1000):
 
 @torch.inference_mode()
 def evaluate(model, x, k=0, seed=0, chunk=100):
-    """ELBO, reconstruction and KL terms and, if k > 0, the bound (9) of binary images: float64 (3 or 4, N), in nats."""
+    """The ELBO, its two terms and, if k > 0, the bound (9) in nats, float64 (3 or 4, N), for binary x (N, C, H, W)."""
     generator = torch.Generator(x.device).manual_seed(seed)
     iwae_generator = torch.Generator(x.device).manual_seed(seed + 1)
     columns = []
@@ -316,14 +320,14 @@ def load(path, device="cpu"):
 
 
 def draw_pairs(path, model, x, mu):
-    """Saves 32 of the binary images x, each with its reconstruction from its posterior mean to the right."""
+    """Saves 32 pairs: a binary image x and, to its right, the image decoded from its posterior mean mu."""
     shown = torch.arange(32, device=x.device) % len(x)
     pairs = torch.stack([2 * x[shown] - 1, mean_images(model, mu[shown])], dim=1)  # (32, 2, C, H, W)
     save_grid(path, pairs.flatten(0, 1))
 
 
 def draw_walks(path, model, x, mu):
-    """Saves eight rows: a binary image, eight images on the line between two posterior means, the other image."""
+    """Saves eight rows: a binary image, eight decoded on the line from its mu to the mu of another, the other image."""
     rows = []
     for i in range(0, 16, 2):
         a, b = i % len(x), (i + 1) % len(x)
@@ -354,7 +358,7 @@ def main(argv=None):
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--width", type=positive, default=512, help="units in a hidden layer")
     add("--latent", type=positive, default=50, help="dimensions of z; 2 draws manifold.png")
-    add("--beta", type=float, default=1.0, help="weight of the KL in the loss; the printed ELBO has it once")
+    add("--beta", type=float, default=1.0, help="weight of the KL in the loss; in the printed ELBO it is 1")
     add("--samples", type=positive, default=64, help="number of images to sample")
     add("--nll", type=int, default=0, help="K, samples of z per test image for the bound on log p(x); 0 for none")
     add("--out", type=Path, default=Path("out/vae"), help="run folder")
